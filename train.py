@@ -1,0 +1,1870 @@
+"""Train a hybrid Mamba-2 / attention GPT from scratch on one machine, on ARC tasks or on FineWeb-Edu token shards.
+
+    python train.py --dataset arc --batch-size 16                    # laptop: 8 minutes; CUDA: 60 minutes
+    python train.py --dataset arc --batch-size 16 --resume --out-dir runs/arc --max-minutes 16
+    python train.py --dataset fineweb --preset gpt2 --batch-size 32  # wants token shards in data/
+    torchrun --standalone --nproc-per-node 4 train.py --dataset arc --preset base --batch-size 8
+
+tokens (B, T)
+   |  embedding (+ where in which grid, + the input cells around the cell to predict: ARC)
+   |
+   +--> RMSNorm --> Mamba-2 or attention --+     one block for every letter of --pattern: M or A
+   |<------------------------------------- +
+   +--> RMSNorm --> SwiGLU ----------------+
+   |<------------------------------------- +
+   |
+RMSNorm --> head --> logits (B, T, V)
+
+Sections, in order (grep -n '^# == ' train.py):
+    MODEL  GRIDS  DATA  CONFIG  OPTIMIZER  CHECKPOINT  RUNTIME  EVALUATE  TRAIN  CLI
+
+Letters: B batch, T time, D width, H heads, P channels of a head, G groups, N state size, Q chunk length, C chunks,
+V vocabulary. Mamba-2 is Dao & Gu 2024, "Transformers are SSMs" (arXiv:2405.21060).
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100  # a target that carries no loss
+ROW, IN, OUT, END = 10, 11, 12, 13  # ARC tokens; 0-9 are the colours
+ARC_VOCAB = 16  # what the head predicts: the fourteen above, padded
+UNKNOWN_TASK = 16  # first token of a sequence whose task has no vector of its own; 17, 18, ... name tasks
+HERE = Path(__file__).resolve().parent
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with the help text that its command-line flag shows."""
+    return field(default=default, metadata={"help": text})
+
+
+# == MODEL ============================================================================================================
+
+
+@dataclass
+class ModelConfig:
+    """Sizes of the model. The defaults make a plain text model; `grid` turns on what only ARC has."""
+
+    vocab_size: int = 50304
+    block_size: int = option(1024, "longest sequence, in tokens (4096 for arc, 1024 for fineweb)")
+    d_model: int = option(768, "width of the residual stream, in channels")
+    pattern: str = option("MMAMMMAMMMAM", "one letter a layer: M for Mamba-2, A for attention")
+    n_head: int = option(12, "attention heads")
+    d_state: int = option(64, "Mamba-2 state size N, per channel")
+    headdim: int = option(64, "Mamba-2 channels in a head, P")
+    d_ff: int = option(1536, "hidden width of the SwiGLU")
+    dropout: float = option(0.0, "dropout on what each mixer and MLP adds, 0 to 1")
+    d_conv: int = 4
+    expand: int = 2
+    ngroups: int = 1
+    chunk_size: int = 64
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_embeddings: bool = True
+    grid: bool = False  # ARC: positions and neighbourhoods recovered from the grid tokens
+    n_tasks: int = 0  # ARC: tasks with a token of their own
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these sizes, in the words of the flags; empty when the model can be built."""
+        found = []
+        for name in ("vocab_size", "block_size", "d_model", "n_head", "d_state", "headdim", "d_ff", "chunk_size"):
+            if getattr(self, name) < 1:
+                found.append(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if not self.pattern or set(self.pattern) - set("MA"):
+            found.append(f"--pattern {self.pattern!r} must be letters M (Mamba-2) and A (attention), such as MAMA")
+        if not 0 <= self.dropout < 1:
+            found.append(f"--dropout {self.dropout} must be at least 0 and below 1")
+        if found:
+            return found
+        d_inner = self.expand * self.d_model
+        if "M" in self.pattern and d_inner % self.headdim:
+            found.append(f"--headdim {self.headdim} must divide {self.expand} x --d-model = {d_inner}")
+        if "A" in self.pattern and self.d_model % self.n_head:
+            found.append(f"--n-head {self.n_head} must divide --d-model {self.d_model}")
+        elif "A" in self.pattern and (self.d_model // self.n_head) % 2:
+            found.append(f"--d-model / --n-head is {self.d_model // self.n_head}; rotary positions need it even")
+        elif "A" in self.pattern and self.grid and self.d_model // self.n_head < 8:
+            found.append(f"--d-model / --n-head is {self.d_model // self.n_head}; grid positions need at least 8")
+        return found
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019), in float32 whatever comes in."""
+
+    def __init__(self, d: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d))
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """Norm of x (..., d), or of x * silu(z) when a gate z is given (Mamba-2's norm, `norm_before_gate=False`)."""
+        h = x.float() if z is None else x.float() * F.silu(z.float())
+        return F.rms_norm(h, self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (B, 1, T, head_dim) of rotary positions (Su et al. 2021) over one or three axes.
+
+    positions is (B, T, 1), or (B, T, 3) with column, row and number of the grid; three axes share the pairs of
+    channels 5 : 5 : 6 and, being at most a few dozen long, use base 100 instead of theta.
+    """
+    pairs = head_dim // 2
+    share = [pairs] if positions.shape[-1] == 1 else [pairs * 5 // 16, pairs * 5 // 16, pairs - 2 * (pairs * 5 // 16)]
+    base = theta if len(share) == 1 else 100.0
+    frequency = [base ** (-i / n) for n in share for i in range(n)]
+    axis = [a for a, n in enumerate(share) for _ in range(n)]
+    angles = positions[..., axis].float() * torch.tensor(frequency, device=positions.device)  # (B, T, pairs)
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate x (B, n_head, T, head_dim) by its angles; channel i is paired with i + head_dim / 2, as in Llama."""
+    a, b = x.chunk(2, dim=-1)
+    return (x * rope[0] + torch.cat([-b, a], dim=-1) * rope[1]).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions and, for decoding, a key/value cache."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.n_head = cfg.n_head
+        self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=False)
+        self.out_proj = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, n_head, T, head_dim)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is None or not cache.stepping:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            if cache is not None:
+                room = (0, 0, 0, cache.capacity - T)
+                cache[self] = F.pad(k, room), F.pad(v, room)
+        else:  # one token a row, written over the pads behind that row's prompt
+            keys, values = cache[self]
+            row = torch.arange(B, device=x.device)
+            keys[row, :, cache.index], values[row, :, cache.index] = k[:, :, 0], v[:, :, 0]
+            seen = torch.arange(cache.longest, device=x.device) <= cache.index[:, None]  # (B, longest)
+            keys, values = keys[:, :, : cache.longest], values[:, :, : cache.longest]
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None])
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class CausalConv(torch.autograd.Function):
+    """silu(bias + sum over k of weight[:, k] * x[t - K + 1 + k]) as shifted multiply-adds, which no CPU library beats.
+
+    x (B, T, D), weight (D, K), bias (D,), seq_idx (B, T) or None: taps do not reach into another sequence.
+    """
+
+    @staticmethod
+    def within(v: Tensor, back: int, seq_idx: Tensor | None) -> Tensor:
+        """v (B, T - back, D), zero where `back` positions lie between two sequences."""
+        return v if seq_idx is None else v * (seq_idx[:, back:] == seq_idx[:, :-back])[..., None]
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, seq_idx):
+        y = torch.addcmul(bias, x, weight[:, -1])
+        for back in range(1, min(weight.shape[1], x.shape[1])):
+            y[:, back:].addcmul_(CausalConv.within(x[:, :-back], back, seq_idx), weight[:, -1 - back])
+        ctx.save_for_backward(x, weight, seq_idx, y)
+        return F.silu(y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, seq_idx, y = ctx.saved_tensors
+        dy = torch.ops.aten.silu_backward(dy, y)
+        dx, dweight = dy * weight[:, -1], torch.zeros_like(weight)
+        dweight[:, -1] = (dy * x).sum((0, 1))
+        for back in range(1, min(weight.shape[1], x.shape[1])):
+            late = CausalConv.within(dy[:, back:], back, seq_idx)
+            dx[:, :-back].addcmul_(late, weight[:, -1 - back])
+            dweight[:, -1 - back] = (late * x[:, :-back]).sum((0, 1))
+        return dx, dweight, dy.sum((0, 1)), None
+
+
+class ChunkScan(torch.autograd.Function):
+    """The state space dual form of Mamba-2 on whole chunks, with a backward written as matrix products.
+
+    Mirrors `ssd_minimal_discrete` of the paper (listing 1) and `_mamba_chunk_scan_combined_fwd/bwd` upstream. Only
+    the states between chunks are kept for the backward pass; the (Q, Q) matrices are made again, one head at a time,
+    so that they stay in the processor's cache. x (B, C, Q, H, P), dt (B, C, Q, H), A and D (H,), Bm and Cm
+    (B, C, Q, G, N), seq_idx (B, C, Q) or None, initial (B, N, H, P) or None. Returns y like x, final (B, N, H, P).
+    """
+
+    @staticmethod
+    def decays(a: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Decay into each position, from each position to its chunk's end, over a chunk, and the mask inside one.
+
+        a (B, C, Q, H) is the sum of dt * A from the chunk's start. Positions of another sequence decay to nothing.
+        Returns (B, C, Q, H), (B, C, Q, H), (B, C, 1, H, 1) and an additive mask (B*C or 1, Q, Q).
+        """
+        Q = a.shape[2]
+        into, onward, over = a.exp(), (a[:, :, -1:] - a).exp(), a[:, :, -1].exp()
+        mask = torch.full((1, Q, Q), -math.inf, device=a.device).triu_(1)
+        if seq_idx is not None:
+            last = seq_idx[:, :, -1:]  # (B, C, 1)
+            before = torch.cat([seq_idx[:, :1, :1], last[:, :-1]], dim=1)
+            into = into * (seq_idx == before)[..., None]
+            onward = onward * (seq_idx == last)[..., None]
+            over = over * (last == before)
+            s = seq_idx.flatten(0, 1)
+            mask = mask.masked_fill(s[:, :, None] != s[:, None, :], -math.inf)
+        return into, onward, over[:, :, None, :, None], mask
+
+    @staticmethod
+    def forward(ctx, x, dt, A, Bm, Cm, D, seq_idx, initial):
+        b, c, q, h, p = x.shape
+        g, n = Bm.shape[3:]
+        k, r = b * c, h // g  # chunks in all, heads in a group
+        a = (dt * A).cumsum(2)
+        into, onward, over, mask = ChunkScan.decays(a, seq_idx)
+        u = x * dt[..., None]
+        uk, Bk, Ck, ak = u.view(k, q, h, p), Bm.view(k, q, g, n), Cm.view(k, q, g, n), a.view(k, q, h)
+        # 1. what each chunk adds to the state by its end
+        W = (u * onward[..., None]).view(k, q, g, r * p)
+        S = torch.stack([torch.bmm(Bk[:, :, i].mT, W[:, :, i]) for i in range(g)], dim=2)  # (k, n, g, r*p)
+        S = S.view(b, c, n, h, p).unbind(1)
+        # 2. the state before each chunk: the only sequential part, one multiply-add a chunk
+        states = [torch.zeros_like(S[0]) if initial is None else initial]
+        for s, decay in zip(S, over.unbind(1), strict=True):
+            states.append(torch.addcmul(s, states[-1], decay))
+        final, H = states.pop(), torch.stack(states, dim=1)  # (b, c, n, h, p)
+        # 3. what that state says to each position of the chunk
+        Hk = H.view(k, n, g, r * p)
+        y = torch.stack([torch.bmm(Ck[:, :, i], Hk[:, :, i]) for i in range(g)], dim=2).view(x.shape)
+        y.mul_(into[..., None]).addcmul_(x, D[:, None])
+        # 4. what positions of the same chunk say to each other
+        yk = y.view(k, q, h, p)
+        for i in range(g):
+            CB = torch.bmm(Ck[:, :, i], Bk[:, :, i].mT)  # (k, q, q)
+            for j in range(i * r, (i + 1) * r):
+                M = (ak[:, :, None, j] - ak[:, None, :, j]).add_(mask).exp_().mul_(CB)
+                yk[:, :, j].baddbmm_(M, uk[:, :, j])
+        ctx.save_for_backward(x, dt, A, Bm, Cm, D, seq_idx, a, H)
+        return y, final
+
+    @staticmethod
+    def backward(ctx, dy, dfinal):
+        x, dt, A, Bm, Cm, D, seq_idx, a, H = ctx.saved_tensors
+        b, c, q, h, p = x.shape
+        g, n = Bm.shape[3:]
+        k, r = b * c, h // g
+        dy = dy.contiguous()
+        into, onward, over, mask = ChunkScan.decays(a, seq_idx)
+        u = x * dt[..., None]
+        uk, Bk, Ck, ak, Hk = u.view(k, q, h, p), Bm.view(k, q, g, n), Cm.view(k, q, g, n), a.view(k, q, h), H.view(k, n, g, r * p)
+        dBk, dCk = torch.empty_like(Bk), torch.empty_like(Ck)
+        # 3. from each position to the state before its chunk
+        E = dy * into[..., None]
+        Ek = E.view(k, q, g, r * p)
+        CH, dH = torch.empty_like(Ek), torch.empty_like(Hk)
+        for i in range(g):
+            CH[:, :, i] = torch.bmm(Ck[:, :, i], Hk[:, :, i])
+            dH[:, :, i] = torch.bmm(Ck[:, :, i].mT, Ek[:, :, i])
+            dCk[:, :, i] = torch.bmm(Ek[:, :, i], Hk[:, :, i].mT)
+        da = (E * CH.view(x.shape)).sum(-1)
+        # 2. from each chunk to those before it
+        dS = [torch.zeros_like(H[:, 0]) if dfinal is None else dfinal]
+        for dh, decay in zip(reversed(dH.view(H.shape).unbind(1)), reversed(over.unbind(1)), strict=True):
+            dS.append(torch.addcmul(dh, dS[-1], decay))
+        dinitial = dS.pop()
+        dS = torch.stack(dS[::-1], dim=1)  # gradient of the state at the end of each chunk
+        da[:, :, -1] += ((dS * H).sum(2, keepdim=True) * over).sum((2, 4))
+        # 1. from the end of a chunk to its positions
+        dSk, dW = dS.view(Hk.shape), CH
+        Wk = (u * onward[..., None]).view(Ek.shape)
+        for i in range(g):
+            dW[:, :, i] = torch.bmm(Bk[:, :, i], dSk[:, :, i])
+            dBk[:, :, i] = torch.bmm(Wk[:, :, i], dSk[:, :, i].mT)
+        through = (dW * Wk).view(x.shape).sum(-1)
+        da -= through
+        da[:, :, -1] += through.sum(2)
+        du = dW.view(x.shape).mul_(onward[..., None])
+        # 4. inside each chunk
+        duk, dyk, dak = du.view(k, q, h, p), dy.view(k, q, h, p), da.view(k, q, h)
+        for i in range(g):
+            CB = torch.bmm(Ck[:, :, i], Bk[:, :, i].mT)
+            dCB = torch.zeros_like(CB)
+            for j in range(i * r, (i + 1) * r):
+                L = (ak[:, :, None, j] - ak[:, None, :, j]).add_(mask).exp_()
+                dM = torch.bmm(dyk[:, :, j], uk[:, :, j].mT).mul_(L)
+                dCB += dM
+                duk[:, :, j].baddbmm_(L.mul_(CB).mT, dyk[:, :, j])
+                dM.mul_(CB)
+                dak[:, :, j] += dM.sum(2) - dM.sum(1)
+            dCk[:, :, i] += torch.bmm(dCB, Bk[:, :, i])
+            dBk[:, :, i] += torch.bmm(dCB.mT, Ck[:, :, i])
+        dsum = da.flip(2).cumsum(2).flip(2)  # gradient of dt * A
+        dx = (du * dt[..., None]).addcmul_(dy, D[:, None])
+        ddt = (du * x).sum(-1).addcmul_(dsum, A)
+        dD = (dy * x).sum((0, 1, 2, 4))
+        return dx, ddt, (dsum * dt).sum((0, 1, 2)), dBk.view(Bm.shape), dCk.view(Cm.shape), dD, None, dinitial if ctx.needs_input_grad[7] else None
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Pure-PyTorch twin of `mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined`: same arguments and meaning.
+
+    h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t];  y[t] = C[t] h[t] + D x[t], for every head, in float32, any length.
+    x (B, T, H, P), dt (B, T, H), A (H,), B and C (B, T, G, N), D (H,), dt_bias (H,), seq_idx (B, T) ascending ids from
+    0 (the state starts anew where the id changes; an initial state belongs to id 0), initial_states (B, H, P, N).
+    Returns y (B, T, H, P) and, if asked for, the state after the last position (B, H, P, N).
+    """
+    kind, (b, t, h, p) = x.dtype, x.shape
+    x, dt, B, C = x.float(), dt.float(), B.float(), C.float()
+    if dt_bias is not None:
+        dt = dt + dt_bias
+    if dt_softplus:
+        dt = F.softplus(dt)
+    q = min(chunk_size, t)
+    if pad := -t % q:  # a step of length zero neither decays the state nor adds to it
+        x, B, C = (F.pad(v, (0, 0, 0, 0, 0, pad)) for v in (x, B, C))
+        dt = F.pad(dt, (0, 0, 0, pad))
+        seq_idx = seq_idx if seq_idx is None else torch.cat([seq_idx, seq_idx[:, -1:].expand(b, pad)], dim=1)
+    x, dt, B, C = (v.reshape(b, -1, q, *v.shape[2:]).contiguous() for v in (x, dt, B, C))
+    seq_idx = seq_idx if seq_idx is None else seq_idx.reshape(b, -1, q)
+    initial = initial_states if initial_states is None else initial_states.float().permute(0, 3, 1, 2).contiguous()
+    D = x.new_zeros(h) if D is None else D.float()
+    y, final = ChunkScan.apply(x, dt, A.float(), B, C, D, seq_idx, initial)
+    y = y.view(b, -1, h, p)[:, :t].to(kind)
+    return (y, final.permute(0, 2, 3, 1)) if return_final_states else y
+
+
+class Mamba2(nn.Module):
+    """The Mamba-2 mixer. Parameter names, shapes and row order are those of `mamba_ssm.Mamba2`: either loads the other.
+
+    `scan` is `ssd_scan`, or upstream's Triton kernel with the same arguments (see `use_kernels`).
+    """
+
+    scan = staticmethod(ssd_scan)
+
+    def __init__(self, d_model, d_state=64, d_conv=4, expand=2, headdim=64, ngroups=1, chunk_size=64, norm_eps=1e-5):
+        super().__init__()
+        self.d_state, self.d_conv, self.headdim, self.ngroups, self.chunk_size = d_state, d_conv, headdim, ngroups, chunk_size
+        self.d_inner = expand * d_model
+        self.nheads = self.d_inner // headdim
+        self.d_xbc = self.d_inner + 2 * ngroups * d_state  # channels that go through the convolution
+        self.in_proj = nn.Linear(d_model, self.d_inner + self.d_xbc + self.nheads, bias=False)  # rows z, x, B, C, dt
+        self.conv1d = nn.Conv1d(self.d_xbc, self.d_xbc, d_conv, groups=self.d_xbc, padding=d_conv - 1)
+        dt = torch.exp(torch.rand(self.nheads) * math.log(0.1 / 0.001) + math.log(0.001)).clamp(min=1e-4)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+        self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(self.nheads))
+        self.norm = RMSNorm(self.d_inner, norm_eps)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+    def forward(self, u: Tensor, seq_idx: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """u (B, T, D) -> (B, T, D). With a cache: fill it from a padded prompt, or advance it by one token."""
+        z, xbc, dt = self.in_proj(u).split([self.d_inner, self.d_xbc, self.nheads], dim=-1)
+        with torch.autocast(u.device.type, enabled=False):
+            if cache is None:
+                y = self.mix(self.convolve(xbc, seq_idx), dt, seq_idx)
+            elif cache.stepping:
+                y = self.step(xbc[:, 0], dt[:, 0], cache)
+            else:
+                real = torch.arange(u.shape[1], device=u.device) < cache.lengths[:, None]
+                dt = dt.masked_fill(~real[..., None], -1e4)  # softplus makes it 0: a pad leaves the state alone
+                y, state = self.mix(self.convolve(xbc), dt, return_final_states=True)
+                tail = cache.lengths[:, None] + torch.arange(1 - self.d_conv, 0, device=u.device)  # (B, d_conv - 1)
+                recent = xbc.gather(1, tail.clamp(min=0)[..., None].expand(-1, -1, self.d_xbc))
+                cache[self] = recent.masked_fill((tail < 0)[..., None], 0).float(), state.float()
+            y = self.norm(y.to(z.dtype), z)
+        return self.out_proj(y)
+
+    def convolve(self, xbc: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        """Causal depthwise convolution and SiLU, (B, T, d_xbc) -> same."""
+        return CausalConv.apply(xbc, self.conv1d.weight[:, 0], self.conv1d.bias, seq_idx).to(xbc.dtype)
+
+    def mix(self, xbc: Tensor, dt: Tensor, seq_idx: Tensor | None = None, return_final_states: bool = False):
+        """The scan over convolved x, B and C: (B, T, d_xbc), (B, T, H) -> (B, T, d_inner), and the last state."""
+        x, b, c = xbc.split([self.d_inner, self.ngroups * self.d_state, self.ngroups * self.d_state], dim=-1)
+        x, b, c = x.unflatten(-1, (self.nheads, -1)), b.unflatten(-1, (self.ngroups, -1)), c.unflatten(-1, (self.ngroups, -1))
+        out = self.scan(
+            x, dt, -torch.exp(self.A_log.float()), b, c, self.chunk_size, D=self.D, dt_bias=self.dt_bias,
+            dt_softplus=True, seq_idx=seq_idx, return_final_states=return_final_states,
+        )  # fmt: skip
+        return (out[0].flatten(2), out[1]) if return_final_states else out.flatten(2)
+
+    def step(self, xbc: Tensor, dt: Tensor, cache: Cache) -> Tensor:
+        """One token: xbc (B, d_xbc), dt (B, H) -> (B, 1, d_inner); mirrors `Mamba2.step` upstream, state in float32."""
+        recent, state = cache[self]  # (B, d_conv - 1, d_xbc), (B, H, P, N)
+        window = torch.cat([recent, xbc[:, None].float()], dim=1)
+        xbc = F.silu((window * self.conv1d.weight[:, 0].T).sum(1) + self.conv1d.bias)
+        x, b, c = xbc.split([self.d_inner, self.ngroups * self.d_state, self.ngroups * self.d_state], dim=-1)
+        x = x.view(-1, self.nheads, self.headdim)
+        b, c = (v.view(-1, self.ngroups, self.d_state).repeat_interleave(self.nheads // self.ngroups, 1) for v in (b, c))
+        dt = F.softplus(dt.float() + self.dt_bias)
+        decay = torch.exp(-dt * self.A_log.exp())[..., None, None]
+        state = state * decay + (x * dt[..., None])[..., None] * b[:, :, None]
+        cache[self] = window[:, 1:], state
+        return ((state @ c[..., None])[..., 0] + self.D[:, None] * x).flatten(1)[:, None]
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate) * up), with gate and up in one product (Shazeer 2020)."""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.up = nn.Linear(d_model, 2 * d_ff, bias=False)  # rows: gate, then up
+        self.down = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """x + mixer(RMSNorm(x)), then x + SwiGLU(RMSNorm(x))."""
+
+    def __init__(self, cfg: ModelConfig, letter: str):
+        super().__init__()
+        self.norm1 = RMSNorm(cfg.d_model, cfg.norm_eps)
+        if letter == "A":
+            self.mixer = Attention(cfg)
+        else:
+            self.mixer = Mamba2(
+                cfg.d_model, cfg.d_state, cfg.d_conv, cfg.expand, cfg.headdim, cfg.ngroups, cfg.chunk_size, cfg.norm_eps
+            )
+        self.norm2 = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.mlp = SwiGLU(cfg.d_model, cfg.d_ff)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
+        h = self.norm1(x)
+        h = self.mixer(h, rope, cache=cache) if isinstance(self.mixer, Attention) else self.mixer(h, cache=cache)
+        x = x + self.dropout(h)
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class GridLayout(NamedTuple):
+    """Where each token stands, recovered from the tokens alone; every field is (B, T) int64.
+
+    A grid opens with IN or OUT. Its opening mark stands at row 0, column 0, the cells of row r at columns 1, 2, ...,
+    and a ROW token already at column 0 of the row it opens: the cell to be predicted next is always one to the right.
+    """
+
+    col: Tensor
+    row: Tensor
+    grid: Tensor  # 0 for the first grid, 1 for the next; an output's is its input's plus one
+    start: Tensor  # index of the mark that opened this grid; -1 before the first
+    output: Tensor  # 1 in an output, 0 elsewhere
+    source: Tensor  # of the grid before this one: index of its mark, its rows, its tokens a row (width + 1)
+    source_rows: Tensor
+    source_stride: Tensor
+
+    @staticmethod
+    def of(tokens: Tensor) -> GridLayout:
+        """The layout of whole sequences, tokens (B, T)."""
+        index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        mark = (tokens == IN) | (tokens == OUT)
+        grid = mark.cumsum(1) - 1
+        start = torch.where(mark, index, -1).cummax(1).values
+        opened = start.clamp(min=0)
+        ends = (tokens == ROW).cumsum(1)
+        row = ends - ends.gather(1, opened)
+        col = index - torch.where(mark | (tokens == ROW), index, 0).cummax(1).values
+        output = (tokens.gather(1, opened) == OUT).long()
+        source = start.gather(1, (opened - 1).clamp(min=0))
+        rows = ends.gather(1, opened) - ends.gather(1, source.clamp(min=0))
+        stride = (opened - source - 1) // rows.clamp(min=1)
+        return GridLayout(col, row, grid, start, output, source, rows, stride)
+
+    def at(self, index: Tensor) -> GridLayout:
+        """The layout of one position in each row, index (B,); fields become (B, 1)."""
+        return GridLayout(*(f.gather(1, index[:, None]) for f in self))
+
+    def advance(self, token: Tensor, index: Tensor) -> GridLayout:
+        """The layout of the next token (B,), which stands at position index (B,); self is that of the one before."""
+        token, index = token[:, None], index[:, None]
+        mark, end = (token == IN) | (token == OUT), token == ROW
+        stride = (index - self.start - 1) // self.row.clamp(min=1)
+        return GridLayout(
+            col=(self.col + 1).masked_fill(mark | end, 0),
+            row=(self.row + end).masked_fill(mark, 0),
+            grid=self.grid + mark,
+            start=torch.where(mark, index, self.start),
+            output=torch.where(mark, token == OUT, self.output),
+            source=torch.where(mark, self.start, self.source),
+            source_rows=torch.where(mark, self.row, self.source_rows),
+            source_stride=torch.where(mark, stride, self.source_stride),
+        )
+
+    def neighbourhood(self, tokens: Tensor) -> Tensor:
+        """Colours of the 3 x 3 input cells around the cell that an output position predicts next, (B, T, 9).
+
+        tokens is the whole sequence so far, (B, any length). 10 stands for "no such cell", and everywhere outside of
+        outputs.
+        """
+        offset = torch.tensor([(r, c) for r in (-1, 0, 1) for c in (-1, 0, 1)], device=tokens.device)
+        row, col = self.row[..., None] + offset[:, 0], self.col[..., None] + offset[:, 1]
+        inside = (row >= 0) & (row < self.source_rows[..., None]) & (col >= 0) & (col < self.source_stride[..., None] - 1)
+        inside &= (self.output == 1)[..., None] & (self.source >= 0)[..., None]
+        index = self.source[..., None] + 1 + row * self.source_stride[..., None] + col
+        cells = tokens.gather(1, index.clamp(0, tokens.shape[1] - 1).flatten(1)).view(index.shape)
+        return torch.where(inside, cells, 10).clamp(max=10)
+
+
+class Cache(dict):
+    """What decoding carries from token to token: the state of every mixer, and where every row stands."""
+
+    def __init__(self, tokens: Tensor, lengths: Tensor, room: int):
+        """tokens (B, T) are prompts of lengths (B,), padded on the right; `room` tokens will follow each."""
+        super().__init__()
+        self.lengths, self.capacity = lengths, tokens.shape[1] + room
+        self.tokens = F.pad(tokens, (0, room))  # (B, capacity), grows over the pads
+        self.stepping = False  # False while the prompts are read, True afterwards
+        self.index = lengths  # (B,) position of the token to be fed next
+        self.longest = tokens.shape[1]  # no row is longer
+        self.layout: GridLayout | None = None  # of the token fed last
+
+    def append(self, token: Tensor) -> None:
+        """Put one token (B,) behind every row, to be fed next."""
+        self.index = self.index + 1 if self.stepping else self.lengths
+        self.longest, self.stepping = self.longest + 1, True
+        self.tokens[torch.arange(len(token), device=token.device), self.index] = token
+
+
+class GPT(nn.Module):
+    """The hybrid: a stack of blocks, one for every letter of `cfg.pattern`."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        if found := cfg.problems():
+            raise ValueError("; ".join(found))
+        self.config = cfg
+        self.embed = nn.Embedding(UNKNOWN_TASK + 1 + cfg.n_tasks if cfg.grid else cfg.vocab_size, cfg.d_model)
+        if cfg.grid:
+            self.embed_col, self.embed_row = nn.Embedding(32, cfg.d_model), nn.Embedding(32, cfg.d_model)
+            self.embed_role = nn.Embedding(2, cfg.d_model)
+            self.embed_near = nn.Linear(9 * 11, cfg.d_model, bias=False)
+        self.blocks = nn.ModuleList(Block(cfg, letter) for letter in cfg.pattern)
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        for name, p in self.named_parameters():  # leaves A_log, D, dt_bias, norms and the convolution as they are
+            if p.dim() == 2:
+                deep = name.endswith(("out_proj.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * len(cfg.pattern)) if deep else 0.02)
+        if cfg.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """tokens (B, T) -> (B, T, D) after the last norm; with a stepping cache, the tokens appended last (B, 1)."""
+        stepping = cache is not None and cache.stepping
+        index = cache.index[:, None] if stepping else torch.arange(tokens.shape[1], device=tokens.device)[None]
+        x = self.embed(tokens)
+        if self.config.grid:
+            layout = cache.layout.advance(tokens[:, 0], cache.index) if stepping else GridLayout.of(tokens)
+            if cache is not None:
+                cache.layout = layout if stepping else layout.at(cache.lengths - 1)
+            near = F.one_hot(layout.neighbourhood(cache.tokens if stepping else tokens), 11).flatten(2).to(x.dtype)
+            col, row, grid = (f.clamp(0, 31) for f in layout[:3])
+            x = x + self.embed_col(col) + self.embed_row(row) + self.embed_role(layout.output) + self.embed_near(near)
+            positions = torch.stack([col, row, grid], dim=-1)
+        else:
+            positions = index[..., None]
+        rope = rotary_angles(positions, self.config.d_model // self.config.n_head, self.config.rope_theta)
+        for block in self.blocks:
+            x = block(x, rope, cache)
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, T, V) and, given targets (B, T), the mean cross-entropy in nats over those not IGNORE_INDEX."""
+        logits = self.head(self.hidden(tokens))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
+        max_new_tokens: int = 128,
+        stop: int | None = None,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Continue prompts (B, T), padded on the right to `lengths` (B,), one token at a time from carried states.
+
+        Greedy at temperature 0, sampled otherwise. A row that has said `stop` repeats it until all have. Returns the
+        new tokens (B, <= max_new_tokens) and the summed log-probability of each row's tokens (B,).
+        """
+        if lengths is None:
+            lengths = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
+        cache = Cache(tokens, lengths, max_new_tokens)
+        hidden = self.hidden(tokens, cache)[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (B, D)
+        total, done, new = hidden.new_zeros(len(tokens)).float(), torch.zeros_like(lengths, dtype=torch.bool), []
+        for i in range(max_new_tokens):
+            logp = self.head(hidden).float().log_softmax(-1)
+            if temperature > 0:
+                token = torch.multinomial((logp / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            else:
+                token = logp.argmax(-1)
+            if stop is not None:
+                token = token.masked_fill(done, stop)
+            total += logp.gather(1, token[:, None])[:, 0].masked_fill(done, 0)
+            new.append(token)
+            if stop is not None:
+                done |= token == stop
+                if done.all():
+                    break
+            if i + 1 < max_new_tokens:
+                cache.append(token)
+                hidden = self.hidden(token[:, None], cache)[:, 0]
+        return torch.stack(new, dim=1), total
+
+
+# == GRIDS ============================================================================================================
+
+Grid = np.ndarray  # (height, width) uint8, colours 0 to 9, at most 30 x 30
+Pair = tuple[Grid, Grid]  # input and output
+
+
+def encode_grid(grid: Grid) -> np.ndarray:
+    """Cells row by row, ROW after each: (height x (width + 1),) int64."""
+    cells = np.full((grid.shape[0], grid.shape[1] + 1), ROW, dtype=np.int64)
+    cells[:, :-1] = grid
+    return cells.ravel()
+
+
+def decode_grid(tokens: Any) -> Grid | None:
+    """The grid that an answer spells, up to its END; None where it is no grid of 1 to 30 rows and columns."""
+    tokens = [int(t) for t in tokens]
+    if END not in tokens:
+        return None
+    rows: list[list[int]] = [[]]
+    for t in tokens[: tokens.index(END)]:
+        if t == ROW:
+            rows.append([])
+        elif t < 10:
+            rows[-1].append(t)
+        else:
+            return None
+    if rows.pop() or not 1 <= len(rows) <= 30 or not 1 <= len(rows[0]) <= 30 or len({len(r) for r in rows}) > 1:
+        return None
+    return np.array(rows, dtype=np.uint8)
+
+
+def encode_task(demonstrations: list[Pair], test_input: Grid, task_token: int = UNKNOWN_TASK) -> np.ndarray:
+    """The prompt X: the task's token, IN input OUT output END for every demonstration, IN test-input OUT. int64."""
+    parts: list[Any] = [[task_token]]
+    for grid_in, grid_out in demonstrations:
+        parts += [[IN], encode_grid(grid_in), [OUT], encode_answer(grid_out)]
+    return np.concatenate([*parts, [IN], encode_grid(test_input), [OUT]])
+
+
+def encode_answer(grid: Grid) -> np.ndarray:
+    """The answer Y: the cells with their ROW tokens, then END. int64."""
+    return np.append(encode_grid(grid), END)
+
+
+def pair_length(pair: Pair) -> int:
+    """Tokens of one pair with its marks."""
+    return 3 + sum(g.shape[0] * (g.shape[1] + 1) for g in pair)
+
+
+def apply_symmetry(grid: Grid, symmetry: int) -> Grid:
+    """One of the 8 symmetries of the square: 0-3 quarter turns, 4-7 the same, then mirrored left to right."""
+    grid = np.rot90(grid, symmetry % 4)
+    return np.fliplr(grid) if symmetry >= 4 else grid
+
+
+def inverse_symmetry(symmetry: int) -> int:
+    """The symmetry that undoes `symmetry`: the opposite turn; a mirrored one undoes itself."""
+    return symmetry if symmetry >= 4 else -symmetry % 4
+
+
+def random_colours(rng: np.random.Generator) -> np.ndarray:
+    """A permutation of the ten colours that keeps black (0), as a table (10,): `colours[grid]` applies it."""
+    return np.append(0, 1 + rng.permutation(9)).astype(np.uint8)
+
+
+def inverse_colours(colours: np.ndarray) -> np.ndarray:
+    """The table that undoes `colours`."""
+    return np.argsort(colours).astype(np.uint8)
+
+
+def canonical_hash(pair: Pair) -> str:
+    """A name for a pair that is the same for all its symmetries and colourings (16 hexadecimal digits)."""
+    forms = []
+    for symmetry in range(8):
+        grids = [apply_symmetry(g, symmetry) for g in pair]
+        cells = np.concatenate([g.ravel() for g in grids])
+        values, first, inverse = np.unique(cells, return_index=True, return_inverse=True)
+        rank = np.empty(len(values), np.uint8)
+        rank[np.argsort(first)] = np.arange(len(values))  # colours numbered in order of appearance
+        forms.append(bytes(sum((g.shape for g in grids), ())) + rank[inverse].tobytes())
+    return hashlib.sha256(min(forms)).hexdigest()[:16]
+
+
+# == DATA =============================================================================================================
+
+SHARE_EVALUATION_PAIRS = ("40853293", "caa06a1f")  # official ARC-1 training tasks that repeat pairs of evaluation tasks
+TASK_DROPOUT = 0.3  # share of training sequences that do not say which task they belong to
+
+
+class DataError(Exception):
+    """A file that cannot be used: the message names it, says what is wrong and what to do."""
+
+
+class Task(NamedTuple):
+    """A task's name and its pairs; of a question, the last pair's output is None and its answer kept elsewhere."""
+
+    name: str
+    pairs: list[tuple[Grid, Grid | None]]
+
+    def largest(self) -> int:
+        """The longest side of any of its grids."""
+        return max(side for pair in self.pairs for g in pair if g is not None for side in g.shape)
+
+
+def read_grid(value: Any, where: str) -> Grid:
+    """A grid out of parsed JSON, or DataError."""
+    if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
+        raise DataError(f"{where} is not a list of rows")
+    if not 1 <= len(value) <= 30 or not 1 <= len(value[0]) <= 30:
+        raise DataError(f"{where} has {len(value)} rows of {len(value[0]) if value else 0}; sides must be 1 to 30")
+    if any(len(row) != len(value[0]) for row in value):
+        raise DataError(f"{where} is ragged: its rows differ in length")
+    for cell in (c for row in value for c in row):
+        if type(cell) is not int or not 0 <= cell <= 9:
+            raise DataError(f"{where} has a cell {str(cell)[:20]!r}; colours are the integers 0 to 9")
+    return np.array(value, dtype=np.uint8)
+
+
+def read_task(path: Path) -> dict[str, list[tuple[Grid, Grid | None]]]:
+    """One task file in the official layout: {"train": pairs, "test": pairs}; a test output may be missing (None)."""
+    path = Path(path)
+    try:
+        task = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({str(error).splitlines()[0][:100]})") from None
+    pairs: dict[str, list] = {}
+    for part in ("train", "test"):
+        listed = task.get(part) if isinstance(task, dict) else None
+        if not isinstance(listed, list) or not listed or not all(isinstance(p, dict) for p in listed):
+            raise DataError(f'{path}: "{part}" must be a list of at least one {{"input": …, "output": …}}')
+        pairs[part] = []
+        for i, pair in enumerate(listed):
+            where = f"{path}: {part} {i}"
+            hidden = part == "test" and pair.get("output") is None
+            output = None if hidden else read_grid(pair.get("output"), f"{where} output")
+            pairs[part].append((read_grid(pair.get("input"), f"{where} input"), output))
+    return pairs
+
+
+def read_split(folder: Path, split: str) -> dict[str, dict]:
+    """All tasks of one split, by name, in the order of their names."""
+    files = sorted((folder / split).glob("*.json")) if (folder / split).is_dir() else []
+    if not files:
+        raise DataError(f"{folder / split}: no task files (*.json) there; --data-dir wants a folder with training/ and "
+                        "evaluation/, as `python arc_data/prepare.py` writes it")  # fmt: skip
+    return {f.stem: read_task(f) for f in files}
+
+
+@dataclass
+class ArcData:
+    """What a run may learn from, and what it is asked while it trains. Answers go to the scorer and nowhere else."""
+
+    tasks: list[Task]  # every output is supervised
+    questions: list[Task]  # held-out training tasks, one a test input
+    answers: list[Grid]
+    left_out: int  # tasks too large for --max-grid
+
+
+def load_arc(folder: Path, holdout: int, max_grid: int, demonstrations: str) -> ArcData:
+    """Read tasks, hold some training tasks out (by a hash of their names), and drop evaluation answers on sight.
+
+    demonstrations is "training", or "both" to learn from the demonstrations of held-out and evaluation tasks too.
+    """
+    training = read_split(folder, "training")
+    training = {name: task for name, task in training.items() if name not in SHARE_EVALUATION_PAIRS}
+    found = len(training)
+    training = {name: t for name, t in training.items() if Task(name, t["train"] + t["test"]).largest() <= max_grid}
+    by_hash = sorted(training, key=lambda name: hashlib.sha256(name.encode()).digest())
+    held = set(by_hash[:holdout])
+    tasks = [Task(name, [p for p in t["train"] + t["test"] if p[1] is not None])
+             for name, t in training.items() if name not in held]  # fmt: skip
+    questions, answers = [], []
+    for name in sorted(held):
+        for query, answer in training[name]["test"]:
+            if answer is not None:
+                questions.append(Task(name, [*training[name]["train"], (query, None)]))
+                answers.append(answer)
+    if demonstrations == "both":
+        tasks += [Task(name, training[name]["train"]) for name in held]
+        evaluation = [Task(name, t["train"]) for name, t in read_split(folder, "evaluation").items()]
+        found += len(evaluation)
+        tasks += [task for task in evaluation if task.largest() <= max_grid]
+    tasks.sort(key=lambda task: task.name)
+    if not tasks:
+        raise DataError(f"{folder}: no task is left to train on; raise --max-grid {max_grid} or lower --holdout {holdout}")
+    trained = len({t.name for t in tasks} | held)
+    return ArcData(tasks, questions, answers, found - trained)
+
+
+class Loader:
+    """Batches in an order that is a function of (seed, epoch), over effective batches.
+
+    An effective batch is batch_size x grad_accum_steps x world_size rows; ranks and micro-batches are slices of it,
+    so that neither their number nor their size changes what an optimizer step sees. `iter()` goes on where the loader
+    stands and ends with the epoch; the next `iter()` starts the next one.
+    """
+
+    def __init__(self, batch_size: int, seed: int = 0, grad_accum_steps: int = 1, rank: int = 0, world_size: int = 1):
+        self.batch_size, self.seed, self.accum, self.rank, self.world = batch_size, seed, grad_accum_steps, rank, world_size
+        self.effective = batch_size * grad_accum_steps * world_size
+        self.epoch = self.position = 0  # position counts this rank's micro-batches
+        self.tokens = self.padding = 0  # positions yielded so far, and how many of them were padding
+
+    def __iter__(self):
+        batches = self.batches()
+        while self.position < len(batches) * self.accum:
+            step, micro = divmod(self.position, self.accum)
+            first = (micro * self.world + self.rank) * self.batch_size
+            rows = batches[step][first : first + self.batch_size]
+            self.position += 1
+            yield self.collate(rows)
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def batches(self) -> list | np.ndarray:
+        """The effective batches of this epoch, each a sequence of row numbers."""
+        raise NotImplementedError
+
+    def cut(self, rows: Any) -> list:
+        """Rows in effective batches, the last one perhaps shorter."""
+        return [rows[i : i + self.effective] for i in range(0, len(rows), self.effective)]
+
+    def collate(self, rows: Any) -> tuple[Tensor, Tensor]:
+        """(x, y), both (B, T) int64, of some rows."""
+        raise NotImplementedError
+
+    def rng(self, *key: int) -> np.random.Generator:
+        """Random numbers that depend on seed, epoch and key alone."""
+        return np.random.default_rng([self.seed, self.epoch, *key])
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the loader stands, in rows, so that a run may go on with another micro-batch or number of ranks."""
+        return {"epoch": self.epoch, "rows": self.position * self.batch_size * self.world, "effective": self.effective}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from `state_dict()`; the effective batch must be the same."""
+        self.epoch, self.position = state["epoch"], state["rows"] // (self.batch_size * self.world)
+
+
+class ArcDataLoader(Loader):
+    """ARC tasks as padded token sequences.
+
+    Yields x, the flattened sequence, and y, the next token where it is supervised and IGNORE_INDEX elsewhere; rows are
+    padded on the right, to the longest of the batch, with 0 in x and IGNORE_INDEX in y.
+
+    Training: one sequence a task and epoch, all its pairs in random order, every output supervised, under one of the
+    8 symmetries and one permutation of the colours. Rows of similar length share a batch: windows of `window`
+    effective batches are sorted by length, and the batches shuffled afterwards. Evaluation (train=False): tasks as
+    they stand, in order, only the last output supervised.
+
+    What is longer than block_size loses whole demonstrations (`dropped` counts them), never part of a grid; a task
+    of which not even one pair fits is left out (`too_long` names it).
+    """
+
+    window = 8
+
+    def __init__(self, tasks: list[Task], batch_size: int, block_size: int, *, train: bool = True,
+                 task_tokens: dict[str, int] | None = None, **order: int):  # fmt: skip
+        super().__init__(batch_size, **order)
+        self.block_size, self.train, self.task_tokens = block_size, train, task_tokens or {}
+        shortest = min if train else lambda lengths: list(lengths)[-1]
+        fits = [shortest(pair_length(p) for p in t.pairs) <= block_size for t in tasks]
+        self.tasks = [t for t, fit in zip(tasks, fits, strict=True) if fit]
+        self.too_long = [t.name for t, fit in zip(tasks, fits, strict=True) if not fit]
+        self.dropped = 0
+        if not self.tasks:
+            raise DataError(f"no task fits --block-size {block_size}; raise it, or lower --max-grid")
+
+    def plan(self, row: int) -> tuple[list[int], int, np.ndarray, int, int]:
+        """How a task is shown this epoch: pairs kept, symmetry, colours, task token, length of x."""
+        task = self.tasks[row]
+        pairs, symmetry, colours = list(range(len(task.pairs))), 0, np.arange(10, dtype=np.uint8)
+        token = self.task_tokens.get(task.name, UNKNOWN_TASK)
+        if self.train:
+            rng = self.rng(row)
+            pairs, symmetry, colours = rng.permutation(len(pairs)).tolist(), int(rng.integers(8)), random_colours(rng)
+            token = UNKNOWN_TASK if rng.random() < TASK_DROPOUT else token
+        flip = symmetry % 2  # a quarter turn swaps height and width, and so the number of ROW tokens
+        lengths = [3 + sum(g.size + g.shape[flip] for g in task.pairs[i]) for i in pairs]
+        if self.train and lengths[-1] > self.block_size:  # answer with a pair that fits; the shortest does
+            best = int(np.argmin(lengths))
+            pairs.append(pairs.pop(best)), lengths.append(lengths.pop(best))
+        keep = len(pairs) - 1
+        total = lengths[keep]
+        while keep > 0 and total + lengths[keep - 1] <= self.block_size:
+            keep -= 1
+            total += lengths[keep]
+        return pairs[keep:], symmetry, colours, token, total
+
+    def batches(self) -> list[list[int]]:
+        self.plans = [self.plan(row) for row in range(len(self.tasks))]
+        if not self.train:
+            return self.cut(range(len(self.tasks)))
+        rng = self.rng()
+        rows = rng.permutation(len(self.tasks)).tolist()
+        rows *= math.ceil(self.effective / len(rows))  # few tasks still fill one effective batch
+        rows = rows[: len(rows) // self.effective * self.effective]
+        found = []
+        for i in range(0, len(rows), self.window * self.effective):
+            near = sorted(rows[i : i + self.window * self.effective], key=lambda row: self.plans[row][-1])
+            found += self.cut(near)
+        return [found[i] for i in rng.permutation(len(found))]
+
+    def sequence(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """x and y of one task as planned, unpadded."""
+        pairs, symmetry, colours, token, _ = self.plans[row]
+        tokens: list[Any] = [[token]]
+        supervised: list[Any] = [[False]]
+        for i in pairs:
+            grid_in, grid_out = (colours[apply_symmetry(g, symmetry)] for g in self.tasks[row].pairs[i])
+            question, answer = encode_grid(grid_in), encode_answer(grid_out)
+            tokens += [[IN], question, [OUT], answer]
+            supervised += [np.zeros(len(question) + 2, bool), np.full(len(answer), self.train or i == pairs[-1])]
+        s, m = np.concatenate(tokens), np.concatenate(supervised)
+        return s[:-1], np.where(m[1:], s[1:], IGNORE_INDEX)
+
+    def collate(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        sequences = [self.sequence(row) for row in rows]
+        x = np.zeros((len(rows), max(len(s) for s, _ in sequences)), np.int64)
+        y = np.full(x.shape, IGNORE_INDEX, np.int64)
+        for i, (s, t) in enumerate(sequences):
+            x[i, : len(s)], y[i, : len(t)] = s, t
+        self.tokens += x.size
+        self.padding += x.size - sum(len(s) for s, _ in sequences)
+        self.dropped += sum(len(self.tasks[row].pairs) - len(self.plans[row][0]) for row in rows)
+        return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """A memory map (tokens,) uint16 of one shard: `.npy`, or `.bin` with its header of 256 int32 (see data/README.md)."""
+    try:
+        if path.suffix == ".npy":
+            tokens = np.load(path, mmap_mode="r")
+            if tokens.dtype != np.uint16 or tokens.ndim != 1:
+                raise ValueError(f"holds {tokens.dtype} of {tokens.ndim} dimensions, not one row of uint16")
+            return tokens
+        header = np.fromfile(path, dtype="<i4", count=256)
+        if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+            raise ValueError("does not begin with the header 20240520, 1")
+        if path.stat().st_size != 1024 + 2 * int(header[2]):
+            raise ValueError(f"has {path.stat().st_size:,} bytes where its header says {1024 + 2 * int(header[2]):,}")
+        return np.memmap(path, dtype="<u2", mode="r", offset=1024)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: not a whole token shard ({str(error)[:120]}); make or fetch it again") from None
+
+
+class FineWebLoader(Loader):
+    """Windows of block_size + 1 tokens out of shards: x (B, T) the first block_size, y (B, T) the last.
+
+    Shards are memory-mapped uint16. Training goes through the shards in random order and through the windows of each
+    in random order; validation takes the windows as they stand. Shards whose name has "val" are for validation.
+    """
+
+    def __init__(self, folder: Path, split: str, batch_size: int, block_size: int, vocab_size: int = 1 << 16, **order: int):
+        super().__init__(batch_size, **order)
+        files = sorted(f for f in Path(folder).glob("*") if f.suffix in (".npy", ".bin"))
+        files = [f for f in files if ("val" in f.name) == (split == "val")]
+        if not files:
+            raise DataError(f"{folder}: no {'validation' if split == 'val' else 'training'} shards (*{split}*.npy or "
+                            f"*{split}*.bin) there; data/README.md says how to make them")  # fmt: skip
+        self.files, self.shards = files, [read_shard(f) for f in files]
+        self.train, self.block_size, self.vocab_size = split != "val", block_size, vocab_size
+        self.windows = [max(0, (len(s) - 1) // block_size) for s in self.shards]
+        if sum(self.windows) < (self.effective if self.train else 1):
+            raise DataError(f"{folder}: {sum(map(len, self.shards)):,} {split} tokens are fewer than one batch of "
+                            f"{self.effective} x {block_size}; lower --batch-size or --block-size")  # fmt: skip
+
+    def batches(self) -> np.ndarray:
+        first = np.concatenate([[0], np.cumsum(self.windows)])
+        if not self.train:
+            return self.cut(np.arange(first[-1]))
+        rng = self.rng()
+        order = np.concatenate([first[s] + rng.permutation(self.windows[s]) for s in rng.permutation(len(self.shards))])
+        return order[: len(order) // self.effective * self.effective].reshape(-1, self.effective)
+
+    def collate(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        ends = np.cumsum(self.windows)
+        out = np.empty((len(rows), self.block_size + 1), np.int64)
+        for i, row in enumerate(rows):
+            shard = int(np.searchsorted(ends, row, side="right"))
+            start = (int(row) - (int(ends[shard]) - self.windows[shard])) * self.block_size
+            out[i] = self.shards[shard][start : start + self.block_size + 1]
+            if out[i].max() >= self.vocab_size:
+                raise DataError(f"{self.files[shard]}: token {out[i].max()} is outside the vocabulary of {self.vocab_size}")
+        self.tokens += out[:, 1:].size
+        out = torch.from_numpy(out)
+        return out[:, :-1], out[:, 1:]
+
+
+# == CONFIG ===========================================================================================================
+
+
+@dataclass
+class TrainConfig:
+    """Everything about a run that is not the model. 0 means "no limit" or "never" where the help says so."""
+
+    dataset: str = field(default="arc", metadata={"help": "what to train on", "choices": ("arc", "fineweb")})
+    data_dir: str = option("", "arc: folder with training/ and evaluation/; fineweb: folder of token shards (default: arc_data/arcagi, data)")
+    preset: str = option("", "sizes and budget to start from: nano, small, base (arc); nano, gpt2 (fineweb) (default: nano on a CPU, else small or gpt2)")
+    batch_size: int = option(16, "sequences per micro-batch and device; the effective batch is this x accumulation x devices")
+    grad_accum_steps: int = option(1, "micro-batches per optimizer step")
+    max_steps: int = option(0, "optimizer steps to train for; 0: no limit but --max-minutes")
+    max_minutes: float = option(60.0, "wall-clock budget in minutes, kept across a resume; 0: no limit but --max-steps")
+    max_lr: float = option(2e-3, "peak learning rate, for both optimizers")
+    warmup_frac: float = option(0.02, "share of the run over which the learning rate rises from 0")
+    decay_frac: float = option(0.4, "share of the run, at its end, over which the learning rate falls to 0")
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices and embeddings")
+    grad_clip: float = option(1.0, "largest gradient norm; 0: no clipping")
+    optimizer: str = field(default="muon", metadata={"help": "for the hidden matrices; everything else is AdamW's", "choices": ("muon", "adamw")})
+    ema: float = option(0.0, "evaluate an average of the weights over this share of the run so far, such as 0.05; 0: off")
+    holdout: int = option(40, "arc: training tasks held out to measure on; 0: none")
+    max_grid: int = option(30, "arc: keep tasks whose grids are at most this many cells high and wide")
+    demonstrations: str = field(default="both", metadata={"help": "arc: learn from the demonstrations of training tasks only, or also from those "
+                                "of held-out and evaluation tasks (never from their answers)", "choices": ("training", "both")})  # fmt: skip
+    seed: int = option(0, "of weights, order and augmentation")
+    device: str = field(default="auto", metadata={"help": "where to compute", "choices": ("auto", "cpu", "cuda", "mps")})
+    dtype: str = field(default="auto", metadata={"help": "of matrix products; auto: bfloat16 on CUDA with capability >= 8.0, else float32",
+                                                 "choices": ("auto", "float32", "bfloat16")})  # fmt: skip
+    kernels: str = field(default="auto", metadata={"help": "Mamba-2 scan: mamba-ssm's Triton kernels or PyTorch; auto: Triton on CUDA if it loads",
+                                                   "choices": ("auto", "triton", "torch")})  # fmt: skip
+    compile: bool = option(False, "torch.compile everything but the Mamba-2 mixers")
+    eval_every: int = option(100, "steps between evaluations; 0: only at the end")
+    save_every: int = option(100, "steps between checkpoints; 0: only at the end")
+    out_dir: str = option("", "run folder (default: the first free of runs/arc, runs/arc-2, …)")
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with these settings, in the words of the flags."""
+        found = []
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata.get("choices")
+            if choices and value not in choices:
+                found.append(f"{flag(f.name)} {value!r} must be one of {', '.join(choices)}")
+        for name, low in (("batch_size", 1), ("grad_accum_steps", 1), ("max_grid", 1), ("max_steps", 0), ("max_minutes", 0),
+                          ("weight_decay", 0), ("grad_clip", 0), ("holdout", 0), ("seed", 0), ("eval_every", 0),
+                          ("save_every", 0)):  # fmt: skip
+            if not low <= getattr(self, name) < math.inf:
+                found.append(f"{flag(name)} is {getattr(self, name)}; it must be at least {low}")
+        for name in ("warmup_frac", "decay_frac", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                found.append(f"{flag(name)} is {getattr(self, name)}; it is a share, from 0 to 1")
+        if not 0 < self.max_lr < math.inf:
+            found.append(f"--max-lr is {self.max_lr}; it must be above 0")
+        if not self.max_steps and not self.max_minutes:
+            found.append("--max-steps and --max-minutes are both 0: the run would never end; give one of them")
+        if self.preset and self.dataset in PRESETS and self.preset not in PRESETS[self.dataset]:
+            found.append(f"--preset {self.preset!r} for {self.dataset} must be one of {', '.join(PRESETS[self.dataset])}")
+        return found
+
+
+_ARC = dict(vocab_size=ARC_VOCAB, grid=True, tie_embeddings=False, block_size=4096)
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "arc": {
+        "nano": dict(_ARC, d_model=128, pattern="MAMA", n_head=4, d_state=32, headdim=32, d_ff=344, chunk_size=32, block_size=1024,
+                     max_grid=10, max_minutes=8.0, max_lr=5e-3),  # fmt: skip
+        "small": dict(_ARC, d_model=512, pattern="MAMAMAMA", n_head=8, d_ff=1344, eval_every=500, save_every=500),
+        "base": dict(_ARC, d_model=768, pattern="MAMAMAMAMA", n_head=12, d_ff=2048, eval_every=500, save_every=500),
+    },
+    "fineweb": {
+        "nano": dict(d_model=128, pattern="MMAM", n_head=4, d_state=32, headdim=32, d_ff=344, chunk_size=32, max_minutes=8.0),
+        "gpt2": dict(max_lr=1e-3, eval_every=500, save_every=1000),
+    },
+}  # fmt: skip
+
+
+class ConfigError(Exception):
+    """Settings that cannot work: one line for each problem, all of them at once."""
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def make_config(given: dict[str, Any], has_gpu: bool) -> tuple[ModelConfig, TrainConfig]:
+    """Defaults, then the preset's values, then the flags given; ConfigError with every problem of the result."""
+    cfg = TrainConfig(dataset=given.get("dataset", "arc"))
+    usual = {"arc": "small", "fineweb": "gpt2"}.get(cfg.dataset, "nano") if has_gpu else "nano"
+    cfg.preset = given.get("preset", usual)
+    model_cfg = ModelConfig()
+    for values in (PRESETS.get(cfg.dataset, {}).get(cfg.preset, {}), given):
+        for name, value in values.items():
+            setattr(model_cfg if hasattr(model_cfg, name) else cfg, name, value)
+    if given.get("max_steps") and "max_minutes" not in given:
+        cfg.max_minutes = 0.0  # a step budget asked for is not cut short by the preset's minutes
+    if found := model_cfg.problems() + cfg.problems():
+        raise ConfigError("\n".join(found))
+    return model_cfg, cfg
+
+
+# == OPTIMIZER ========================================================================================================
+
+
+def schedule(progress: float, warmup_frac: float, decay_frac: float) -> float:
+    """Share of the peak learning rate at a progress from 0 to 1: linear warm-up, stable, linear decay to 0."""
+    up = (progress + 1e-3) / (warmup_frac + 1e-3)
+    down = (1 - progress) / max(decay_frac, 1e-9)
+    return max(0.0, min(1.0, up, down))
+
+
+class NorMuon(torch.optim.Optimizer):
+    """Muon (Jordan 2024) with a second moment per neuron (NorMuon, Li et al. 2025, arXiv:2510.05491), for matrices.
+
+    The update is the nearest orthogonal matrix to the momentum, each row divided by its running root mean square,
+    scaled to 0.2 root mean square so that AdamW's learning rates and weight decay fit (Liu et al. 2025). Iterates in
+    bfloat16 on a GPU and float32 elsewhere; matrices of one shape go through together.
+    """
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, momentum: float = 0.95, beta2: float = 0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, beta2=beta2))
+
+    @staticmethod
+    def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
+        """Newton-Schulz iteration on (K, n, m) matrices; singular values end near 1 (0.7 to 1.2)."""
+        X = G.bfloat16() if G.is_cuda else G.float()
+        X = X.mT if G.shape[-2] > G.shape[-1] else X
+        X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+        for _ in range(steps):
+            S = X @ X.mT
+            X = 3.4445 * X + (-4.7750 * S + 2.0315 * S @ S) @ X
+        return (X.mT if G.shape[-2] > G.shape[-1] else X).float()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            shapes = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes[p.shape].append(p)
+            for (n, m), params in shapes.items():
+                states = [self.state[p] for p in params]
+                for s, p in zip(states, params, strict=True):
+                    if not s:
+                        s["momentum"], s["second"] = torch.zeros_like(p), p.new_zeros(n, 1)
+                grads, momentum = [p.grad for p in params], [s["momentum"] for s in states]
+                torch._foreach_lerp_(momentum, grads, 1 - group["momentum"])
+                O = self.orthogonalize(torch.stack(torch._foreach_lerp(grads, momentum, group["momentum"])))  # Nesterov
+                second = torch.stack([s["second"] for s in states]).lerp_(O.square().mean(-1, keepdim=True), 1 - group["beta2"])
+                O = O / (second.sqrt() + 1e-8)
+                O *= 0.2 * math.sqrt(n * m) / O.norm(dim=(-2, -1), keepdim=True)
+                for p, s, o, v in zip(params, states, O, second, strict=True):
+                    s["second"].copy_(v)
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(o, alpha=-group["lr"])
+
+
+class Optimizers:
+    """NorMuon for hidden matrices, AdamW for the rest. Fused projections are split into the matrices they hold.
+
+    Every number of every parameter is in exactly one group. A part of a matrix is a leaf of its own that shares the
+    matrix's memory; `step` hands it its rows of the gradient.
+    """
+
+    def __init__(self, model: GPT, cfg: TrainConfig):
+        self.parts: list[tuple[nn.Parameter, nn.Parameter, slice]] = []
+        matrices, decay, plain = [], [], []
+        for name, p in model.named_parameters():
+            rows = self.rows(model, name, p) if cfg.optimizer == "muon" else []
+            for where, to_muon in rows:
+                part = p if where == slice(0, len(p)) else nn.Parameter(p.detach()[where])
+                if part is not p:
+                    self.parts.append((part, p, where))
+                (matrices if to_muon else decay).append(part)
+            if not rows:
+                (decay if p.dim() == 2 else plain).append(p)
+        groups = [dict(params=decay, weight_decay=cfg.weight_decay), dict(params=plain, weight_decay=0.0)]
+        self.all: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=plain[0].device.type != "mps")
+        ]
+        if matrices:
+            self.all.append(NorMuon(matrices, lr=cfg.max_lr, weight_decay=cfg.weight_decay))
+        held = [p for o in self.all for g in o.param_groups for p in g["params"]]
+        assert len({id(p) for p in held}) == len(held)
+        assert sum(p.numel() for p in held) == sum(p.numel() for p in model.parameters())
+
+    @staticmethod
+    def rows(model: GPT, name: str, p: nn.Parameter) -> list[tuple[slice, bool]]:
+        """Rows of a hidden matrix that belong together, and whether Muon takes them; empty for anything else."""
+        if not name.startswith("blocks.") or p.dim() != 2:
+            return []
+        mixer = model.blocks[int(name.split(".")[1])].mixer
+        if name.endswith("in_proj.weight"):
+            bc = mixer.ngroups * mixer.d_state
+            sizes = [mixer.d_inner, mixer.d_inner, bc, bc, mixer.nheads]  # z, x, B, C to Muon; dt to AdamW
+        else:
+            sizes = [len(p) // n for n in [3 if "qkv" in name else 2 if "up" in name else 1] for _ in range(n)]
+        ends = np.cumsum(sizes).tolist()
+        return [(slice(e - n, e), i < 4) for i, (n, e) in enumerate(zip(sizes, ends, strict=True))]
+
+    def step(self, lr: float) -> None:
+        """One step at this learning rate, then no gradients."""
+        for part, p, where in self.parts:
+            part.grad = p.grad[where]
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+
+    def state_dict(self) -> list[dict]:
+        """The state of both, in order."""
+        return [o.state_dict() for o in self.all]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        """Restore `state_dict()`."""
+        for o, s in zip(self.all, states, strict=True):
+            o.load_state_dict(s)
+
+
+def make_ema(model: GPT, share: float) -> torch.optim.swa_utils.AveragedModel | None:
+    """An exponential moving average of the weights over the last `share` of the steps so far, or None for 0."""
+    if not share:
+        return None
+
+    def average(ema: list[Tensor], now: list[Tensor], n: Tensor) -> None:
+        torch._foreach_lerp_(ema, now, 1 / (1 + share * int(n)))
+
+    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average)
+
+
+# == CHECKPOINT =======================================================================================================
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """Write to a temporary name beside `path`; on leaving, flush to disk and rename, so that `path` is always whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON to a file that is never seen half-written."""
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Plain tensors and containers, so that `torch.load(weights_only=True)` reads them."""
+    with replacing(path) as file:
+        torch.save(state, file)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The last complete checkpoint of a run, on the CPU; DataError where it is none of ours."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no checkpoint there; start the run again without --resume") from None
+    except Exception as error:  # torch raises many kinds for damaged files
+        raise DataError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:100]})") from None
+    missing = {"model", "optimizer", "step", "rng", "loader", "config"} - set(state if isinstance(state, dict) else ())
+    if missing:
+        raise DataError(f"{path}: a checkpoint of another program: it lacks {', '.join(sorted(missing))}")
+    return state
+
+
+def load_config(folder: Path) -> tuple[ModelConfig, TrainConfig]:
+    """The recorded settings of a run; DataError where config.json is missing or not ours."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return ModelConfig(**config["model"]), TrainConfig(**config["train"])
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no run in this folder to resume") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not the settings of a run ({str(error)[:100]})") from None
+
+
+# == RUNTIME ==========================================================================================================
+
+
+def load_triton_scan() -> Any:
+    """Upstream's `mamba_chunk_scan_combined`, without upstream's compiled extensions.
+
+    `import mamba_ssm` would load them, so an empty module with the package's path stands in for it. Raises whatever
+    keeps the kernels from loading.
+    """
+    if "mamba_ssm" not in sys.modules:
+        spec = importlib.util.find_spec("mamba_ssm")
+        if spec is None:
+            raise ImportError("mamba-ssm is not installed (README: Installing mamba-ssm)")
+        package = types.ModuleType("mamba_ssm")
+        package.__path__ = list(spec.submodule_search_locations)
+        sys.modules["mamba_ssm"] = package
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    def scan(*args, seq_idx=None, **kwargs):
+        return mamba_chunk_scan_combined(*args, seq_idx=seq_idx if seq_idx is None else seq_idx.int(), **kwargs)
+
+    return scan
+
+
+def choose_scan(kernels: str, device: torch.device) -> tuple[Any, str]:
+    """The scan to run and a line that says which and why; ConfigError if `triton` is asked for and cannot be had."""
+    if kernels == "torch" or (kernels == "auto" and device.type != "cuda"):
+        return ssd_scan, "PyTorch scan"
+    try:
+        if device.type != "cuda":
+            raise RuntimeError(f"Triton kernels need --device cuda, not {device.type}")
+        return load_triton_scan(), "mamba-ssm Triton kernels"
+    except Exception as error:  # a package built for another torch fails in many ways
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
+        if kernels == "triton":
+            raise ConfigError(f"--kernels triton: {reason}") from None
+        return ssd_scan, f"PyTorch scan, slower than mamba-ssm's, which did not load: {reason}"
+
+
+@dataclass
+class Runtime:
+    """Where and with whom this process computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    scan: Any
+    kernels: str
+    rank: int = 0
+    world: int = 1
+
+    @staticmethod
+    def start(cfg: TrainConfig) -> Runtime:
+        """Pick device, precision and kernels, and join the other processes of a `torchrun`."""
+        kind = cfg.device
+        if kind == "auto":
+            kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
+            raise ConfigError(f"--device {kind}: PyTorch {torch.__version__} sees none; use --device cpu")
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+        bf16 = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if bf16 else torch.float32
+        scan, kernels = choose_scan(cfg.kernels, device)
+        if kind == "cuda":
+            torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        if world > 1:
+            torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+        return Runtime(device, dtype, scan, kernels, rank, world)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print once, whatever the number of processes."""
+        if self.main:
+            print(text, flush=True)
+
+    def autocast(self) -> Any:
+        """Matrix products in `dtype`; a no-op in float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def agree(self, *values: float) -> list[float]:
+        """The largest of each value over all processes, so that they decide alike."""
+        if self.world == 1:
+            return list(values)
+        shared = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        return shared.tolist()
+
+    def total(self, value: int) -> int:
+        """The sum over all processes."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor(value, device=self.device)
+        torch.distributed.all_reduce(shared)
+        return int(shared)
+
+    def describe(self) -> str:
+        """One line for the log: device, precision, kernels, versions."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor() or platform.machine()
+        many = f" x {self.world} processes" if self.world > 1 else f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        return f"{self.device.type} ({name}{many}), {str(self.dtype)[6:]}, {self.kernels}, torch {torch.__version__}"
+
+
+class StopFlag:
+    """True once Ctrl-C or SIGTERM has come: the loop finishes its step and saves. A second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.up = False
+        self.before = {s: signal.signal(s, self.raise_flag) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def raise_flag(self, number: int, frame: Any) -> None:
+        self.up = True
+        signal.signal(number, self.before[number])
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class MetricsLog:
+    """`metrics.jsonl`, one object a line; a resume first drops the lines after the checkpoint's step."""
+
+    def __init__(self, path: Path, step: int, redo: bool):
+        """Open for appending after `step`; `redo` also drops that step's evaluation, which will be made again."""
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError, TypeError, KeyError):  # a line torn by a crash
+                    values = json.loads(line)
+                    if values["step"] <= step and not (redo and values["step"] == step and "val_loss" in values):
+                        kept.append(line + "\n")
+        with replacing(path) as file:
+            file.write("".join(kept).encode())
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, **values: Any) -> None:
+        self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+        self.file.flush()
+
+
+def new_run_folder(cfg: TrainConfig) -> Path:
+    """The run folder of a fresh run: the one named, if it holds no run yet, else the first free name under runs/."""
+    if cfg.out_dir:
+        folder = Path(cfg.out_dir)
+        if (folder / "config.json").exists() or (folder / "checkpoint.pt").exists():
+            raise ConfigError(f"--out-dir {folder} holds a run already; add --resume to continue it, or name another folder")
+        return folder
+    names = (f"runs/{cfg.dataset}" + (f"-{n}" if n > 1 else "") for n in range(1, 1_000_000))
+    return next(Path(name) for name in names if not Path(name).exists())
+
+
+# == EVALUATE =========================================================================================================
+
+
+@torch.no_grad()
+def validation_loss(model: GPT, loader: Loader, runtime: Runtime, batches: int = 1_000_000) -> float:
+    """Mean cross-entropy in nats over the supervised tokens of the loader's first batches."""
+    loader.epoch = loader.position = 0
+    total, count = 0.0, 0
+    for _, (x, y) in zip(range(batches), loader, strict=False):
+        with runtime.autocast():
+            loss = model(x.to(runtime.device), y.to(runtime.device))[1]
+        supervised = int((y != IGNORE_INDEX).sum())
+        total, count = total + loss.item() * supervised, count + supervised
+    return total / count
+
+
+def unigram_loss(seen: np.ndarray, asked: np.ndarray) -> float:
+    """Nats a token, on `asked`, of the model that knows no context but how often each token occurs in `seen`."""
+    size = int(max(seen.max(), asked.max())) + 1
+    p = (np.bincount(seen, minlength=size) + 1e-3) / (len(seen) + 1e-3 * size)
+    return float(-np.log(p[asked]).mean())
+
+
+def answer_questions(model: GPT, questions: list[Task], task_tokens: dict[str, int], runtime: Runtime,
+                     batch_size: int, block_size: int, max_side: int) -> list[Grid | None]:  # fmt: skip
+    """Greedy answers, one view each; None where the model writes no grid. Prompts of similar length go together."""
+    prompts = []
+    for task in questions:
+        pairs, query = task.pairs[:-1], task.pairs[-1][0]
+        while len(pairs) > 1 and len(encode_task(pairs, query)) > block_size:
+            pairs = pairs[1:]
+        prompts.append(encode_task(pairs, query, task_tokens.get(task.name, UNKNOWN_TASK)))
+    answers: list[Grid | None] = [None] * len(questions)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for chunk in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+        lengths = torch.tensor([len(prompts[i]) for i in chunk])
+        tokens = torch.zeros(len(chunk), int(lengths.max()), dtype=torch.long)
+        for row, i in enumerate(chunk):
+            tokens[row, : len(prompts[i])] = torch.from_numpy(prompts[i])
+        with runtime.autocast():
+            new, _ = model.generate(tokens.to(runtime.device), lengths.to(runtime.device), max_side * (max_side + 1) + 1, END)
+        for i, row in zip(chunk, new.tolist(), strict=True):
+            answers[i] = decode_grid(row)
+    return answers
+
+
+def score_answers(predicted: list[Grid | None], answers: list[Grid]) -> dict[str, float]:
+    """Shares, 0 to 1: outputs exactly right, outputs of the right shape, right cells (none where the shape is wrong)."""
+    shape = [p is not None and p.shape == a.shape for p, a in zip(predicted, answers, strict=True)]
+    right = [int((p == a).sum()) if s else 0 for p, a, s in zip(predicted, answers, shape, strict=True)]
+    return {
+        "solve_rate": sum(r == a.size for r, a in zip(right, answers, strict=True)) / len(answers),
+        "shape_accuracy": sum(shape) / len(answers),
+        "cell_accuracy": sum(right) / sum(a.size for a in answers),
+    }
+
+
+# == TRAIN ============================================================================================================
+
+
+@dataclass
+class Data:
+    """What a run reads: training and validation batches and, for ARC, the questions that the solve rate counts."""
+
+    train: Loader
+    val: Loader | None
+    tasks: list[str] = field(default_factory=list)  # names, in the order of their tokens
+    questions: list[Task] = field(default_factory=list)
+    answers: list[Grid] = field(default_factory=list)
+    pairs: list[str] = field(default_factory=list)  # canonical hashes of every pair that may be supervised
+    unigram: float = math.nan  # validation loss of the best model without context
+
+    @property
+    def task_tokens(self) -> dict[str, int]:
+        """The token that names each training task."""
+        return {name: UNKNOWN_TASK + 1 + i for i, name in enumerate(self.tasks)}
+
+
+def open_arc(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: dict[str, int]) -> Data:
+    """ARC loaders; writes the official tasks to arc_data/ the first time. Sets the number of task tokens."""
+    folder = Path(cfg.data_dir) if cfg.data_dir else HERE / "arc_data" / "arcagi"
+    if not cfg.data_dir and not folder.is_dir() and runtime.main:
+        if subprocess.run([sys.executable, HERE / "arc_data" / "prepare.py", "--version", "arcagi"]).returncode:
+            raise DataError(f"{folder}: the ARC tasks could not be written there; see the line above")
+    runtime.agree(0)  # the others wait for the files
+    arc = load_arc(folder, cfg.holdout, cfg.max_grid, cfg.demonstrations)
+    data = Data(train=None, val=None, questions=arc.questions, answers=arc.answers)
+    data.tasks = [t.name for t in arc.tasks]
+    model_cfg.n_tasks = len(data.tasks)
+    data.train = ArcDataLoader(arc.tasks, cfg.batch_size, model_cfg.block_size, task_tokens=data.task_tokens, **order)
+    if arc.questions:
+        answered = [Task(q.name, [*q.pairs[:-1], (q.pairs[-1][0], a)]) for q, a in zip(arc.questions, arc.answers, strict=True)]
+        data.val = ArcDataLoader(answered, cfg.batch_size, model_cfg.block_size, train=False, task_tokens=data.task_tokens)
+        seen = np.concatenate([encode_answer(p[1]) for t in data.train.tasks for p in t.pairs])
+        data.unigram = unigram_loss(seen, np.concatenate([encode_answer(a) for a in arc.answers]))
+    data.pairs = sorted({canonical_hash(p) for t in data.train.tasks for p in t.pairs})
+    runtime.say(f"data        {folder}: {len(data.train.tasks)} tasks with {sum(len(t.pairs) for t in data.train.tasks)} pairs to learn from, "
+                f"{len(data.answers)} questions of {len({q.name for q in data.questions})} held-out training tasks to measure on; "
+                f"left out: {arc.left_out} tasks with grids over {cfg.max_grid} x {cfg.max_grid}, "
+                f"{len(data.train.too_long)} longer than --block-size")  # fmt: skip
+    also = "held-out and evaluation tasks are learned from too, their answers never" if cfg.demonstrations == "both" else "nothing is learned from held-out and evaluation tasks"
+    runtime.say(f"            --demonstrations {cfg.demonstrations}: demonstrations of {also}")
+    return data
+
+
+def open_text(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: dict[str, int]) -> Data:
+    """FineWeb-Edu loaders."""
+    folder = Path(cfg.data_dir) if cfg.data_dir else HERE / "data"
+    sizes = (cfg.batch_size, model_cfg.block_size, model_cfg.vocab_size)
+    data = Data(train=FineWebLoader(folder, "train", *sizes, **order), val=FineWebLoader(folder, "val", *sizes))
+    data.unigram = unigram_loss(data.train.shards[0][:2_000_000], data.val.shards[0][:2_000_000])
+    runtime.say(f"data        {folder}: {sum(map(len, data.train.shards)):,} training and {sum(map(len, data.val.shards)):,} "
+                f"validation tokens in {len(data.train.files)} + {len(data.val.files)} shards")  # fmt: skip
+    return data
+
+
+def open_data(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime) -> Data:
+    """Loaders for the dataset; ranks and micro-batches are slices of one effective batch."""
+    order = dict(seed=cfg.seed, grad_accum_steps=cfg.grad_accum_steps, rank=runtime.rank, world_size=runtime.world)
+    return (open_arc if cfg.dataset == "arc" else open_text)(model_cfg, cfg, runtime, order)
+
+
+def evaluate(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder: Path) -> dict[str, float]:
+    """Validation loss and, for ARC, solve rate, shape and cell accuracy; the answers go to `predictions.json`."""
+    if data.val is None:
+        return {}
+    model.eval()
+    found = {"val_loss": validation_loss(model, data.val, runtime, batches=1_000_000 if data.questions else 20)}
+    if data.questions:
+        predicted = answer_questions(model, data.questions, data.task_tokens, runtime, cfg.batch_size,
+                                     model.config.block_size, cfg.max_grid)  # fmt: skip
+        found |= score_answers(predicted, data.answers)
+        shown = []
+        for task, p, a in zip(data.questions, predicted, data.answers, strict=True):
+            shown.append({
+                "task": task.name, "test": sum(s["task"] == task.name for s in shown),
+                "demonstrations": [{"input": i.tolist(), "output": o.tolist()} for i, o in task.pairs[:-1]],
+                "input": task.pairs[-1][0].tolist(), "prediction": None if p is None else p.tolist(), "truth": a.tolist(),
+            })  # fmt: skip
+        write_json(folder / "predictions.json", shown)
+    model.train()
+    return found
+
+
+def accumulate(network: nn.Module, batches: list[tuple[Tensor, Tensor]], runtime: Runtime) -> float:
+    """Gradients of the mean loss over all supervised tokens of an effective batch, whatever its slices; that loss.
+
+    Each micro-batch weighs as much as it has supervised tokens; processes exchange gradients on the last one only.
+    """
+    counts = [int((y != IGNORE_INDEX).sum()) for _, y in batches]
+    total, mean = runtime.total(sum(counts)), torch.zeros((), device=runtime.device)
+    for i, ((x, y), count) in enumerate(zip(batches, counts, strict=True)):
+        wait = runtime.world > 1 and i + 1 < len(batches)
+        with network.no_sync() if wait else contextlib.nullcontext():
+            with runtime.autocast():
+                loss = network(x.to(runtime.device, non_blocking=True), y.to(runtime.device, non_blocking=True))[1]
+            (loss * (count * runtime.world / total)).backward()
+        mean += loss.detach() * (count / total)
+    if runtime.world > 1:
+        torch.distributed.all_reduce(mean)
+    return mean.item()
+
+
+def next_batches(loader: Loader, iterator: Any) -> tuple[list[tuple[Tensor, Tensor]], Any]:
+    """The micro-batches of one optimizer step, and the iterator to go on with: a new one where an epoch ended."""
+    batches: list[tuple[Tensor, Tensor]] = []
+    while len(batches) < loader.accum:
+        try:
+            batches.append(next(iterator))
+        except StopIteration:
+            iterator = iter(loader)
+    return batches, iterator
+
+
+def wrap(model: GPT, cfg: TrainConfig, runtime: Runtime) -> nn.Module:
+    """The model as the loop calls it: compiled if asked for, and averaging gradients over processes."""
+    network: nn.Module = model
+    if cfg.compile:
+        for module in model.modules():
+            if isinstance(module, Mamba2):  # torch.compile over the Triton kernels has given NaN (pytorch #146129)
+                module.forward = torch.compiler.disable(module.forward)
+        network = torch.compile(model)
+    if runtime.world > 1:
+        network = nn.parallel.DistributedDataParallel(network)
+    return network
+
+
+def snapshot(model: GPT, optimizers: Optimizers, ema: Any, loader: Loader, step: int, minutes: float, cfg: TrainConfig) -> dict:
+    """Everything a resume needs, as plain tensors and containers; no tensor in it depends on the clock."""
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizers.state_dict(),
+        "ema": ema.state_dict() if ema else None,
+        "step": step,
+        "minutes": minutes,
+        "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []},
+        "loader": loader.state_dict(),
+        "config": {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(cfg)},
+    }
+
+
+def restore(state: dict, model: GPT, optimizers: Optimizers, ema: Any, loader: Loader) -> tuple[int, float]:
+    """Undo `snapshot`: returns the step and the minutes already spent. DataError where the checkpoint does not fit."""
+    try:
+        model.load_state_dict(state["model"])
+        optimizers.load_state_dict(state["optimizer"])
+        if ema:
+            ema.load_state_dict(state["ema"])
+        loader.load_state_dict(state["loader"])
+        torch.set_rng_state(state["rng"]["torch"])
+        if torch.cuda.is_initialized() and state["rng"]["cuda"]:
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        return int(state["step"]), float(state["minutes"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"checkpoint.pt does not fit this run's config.json ({str(error).splitlines()[0][:120]})") from None
+
+
+def finish(folder: Path, data: Data, found: dict[str, float], step: int, minutes: float) -> None:
+    """The summary, which `grep` finds, and the pictures."""
+    print("---")
+    for name, value in {"steps": step, "minutes": minutes, **found, "unigram_loss": data.unigram}.items():
+        print(f"{name + ':':<18}{value:.4f}" if isinstance(value, float) else f"{name + ':':<18}{value}")
+    if data.questions:
+        solved = round(found["solve_rate"] * len(data.answers))
+        print(f"{'solved:':<18}{solved} of {len(data.answers)} held-out test outputs, exactly, first try")
+    try:
+        import plot
+    except ImportError as error:
+        print(f"{'picture:':<18}none ({error})")
+        return
+    for picture in plot.plot_run(folder):
+        print(f"{'picture:':<18}{picture}")
+
+
+def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[str, Any] | None = None) -> None:
+    """Train in `folder` until the budget is spent or a signal comes; `state` is the checkpoint to go on from."""
+    from tqdm import tqdm
+
+    runtime = Runtime.start(cfg)
+    runtime.say(f"run         {folder}\ndevice      {runtime.describe()}")
+    data = open_data(model_cfg, cfg, runtime)
+    torch.manual_seed(cfg.seed)
+    model = GPT(model_cfg).to(runtime.device)
+    for module in model.modules():
+        if isinstance(module, Mamba2):
+            module.scan = runtime.scan
+    optimizers, ema = Optimizers(model, cfg), make_ema(model, cfg.ema)
+    step, spent = restore(state, model, optimizers, ema, data.train) if state else (0, 0.0)
+    network, averaged = wrap(model, cfg, runtime), ema.module if ema else model
+    runtime.say(f"model       {sum(p.numel() for p in model.parameters()):,} parameters, {model_cfg.pattern}; effective batch "
+                f"{data.train.effective} x up to {model_cfg.block_size} tokens; {cfg.optimizer}, peak rate {cfg.max_lr:g}")  # fmt: skip
+    if runtime.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", {"model": dataclasses.asdict(model_cfg), "train": dataclasses.asdict(cfg), "tasks": data.tasks})
+        write_json(folder / "supervised_pairs.json", data.pairs)
+        log = MetricsLog(folder / "metrics.jsonl", step, redo=cfg.eval_every and step % cfg.eval_every == 0)
+
+    stop, iterator, began, found, saved = StopFlag(), iter(data.train), time.monotonic(), {}, step if state else None
+    bar = tqdm(total=1.0, disable=not runtime.main, mininterval=1 if sys.stderr.isatty() else 30,
+               bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}")  # fmt: skip
+    while True:
+        minutes = spent + (time.monotonic() - began) / 60
+        minutes, stopping = runtime.agree(minutes, stop.up)
+        progress = max(step / cfg.max_steps if cfg.max_steps else 0, minutes / cfg.max_minutes if cfg.max_minutes else 0)
+        done = progress >= 1
+
+        # once in a while save
+        if done or stopping or (cfg.save_every and step % cfg.save_every == 0 and step > 0):
+            if runtime.main and step != saved:
+                save_checkpoint(folder / "checkpoint.pt", snapshot(model, optimizers, ema, data.train, step, minutes, cfg))
+                saved = step
+        if stopping:
+            break
+
+        # once in a while evaluate: validation loss, and a few tasks answered
+        if done or (cfg.eval_every and step % cfg.eval_every == 0 and step > 0):
+            if runtime.main:
+                found = evaluate(averaged, data, cfg, runtime, folder)
+                log.write(step=step, minutes=minutes, **found)
+                bar.write(f"step {step:>6}  {minutes:5.1f} min  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
+            runtime.agree(0)  # the others wait
+        if done:
+            break
+
+        # do one step of the optimization
+        start, tokens = time.monotonic(), data.train.tokens - data.train.padding
+        batches, iterator = next_batches(data.train, iterator)
+        loss = accumulate(network, batches, runtime)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+        if not math.isfinite(loss + norm):
+            raise DataError(f"step {step}: the loss is {loss}, the gradient norm {norm}; resume from the last checkpoint "
+                            "with another --seed, or start again with a lower --max-lr")  # fmt: skip
+        lr = cfg.max_lr * schedule(progress, cfg.warmup_frac, cfg.decay_frac)
+        optimizers.step(lr)
+        model.zero_grad(set_to_none=True)
+        if ema:
+            ema.update_parameters(model)
+        step += 1
+        if runtime.main:
+            speed = (data.train.tokens - data.train.padding - tokens) * runtime.world / (time.monotonic() - start)
+            padding = data.train.padding / data.train.tokens
+            log.write(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=speed, padding=padding,
+                      epoch=data.train.epoch, minutes=minutes)  # fmt: skip
+            bar.n = min(progress, 1.0)
+            bar.set_postfix_str(f"step {step}, loss {loss:.3f}, {speed:,.0f} tokens/s, padding {padding:.0%}")
+    bar.close()
+    stop.restore()
+    if runtime.main and stopping:
+        print(f"stopped at step {step} and saved; to go on: python train.py --out-dir {folder} --resume")
+    elif runtime.main:
+        finish(folder, data, found, step, minutes)
+    if runtime.world > 1:
+        torch.distributed.destroy_process_group()
+
+
+# == CLI ==============================================================================================================
+
+RESUMABLE = ("max_steps", "max_minutes", "eval_every", "save_every", "batch_size", "grad_accum_steps", "data_dir", "device", "dtype",
+             "kernels", "compile")  # what a resume may change  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"train.py: {message} (see python train.py --help)\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Flags from the fields of TrainConfig and ModelConfig; only flags that were given end up in the namespace."""
+    parser = Parser(
+        prog="train.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        description="Train a hybrid Mamba-2 / attention GPT from scratch on ARC tasks or FineWeb-Edu token shards.",
+    )  # fmt: skip
+    by_preset = {name for presets in PRESETS.values() for values in presets.values() for name in values}
+    for cls, title in ((TrainConfig, "run"), (ModelConfig, "model (default: the preset's)")):
+        group = parser.add_argument_group(title)
+        for f in dataclasses.fields(cls):
+            if "help" not in f.metadata:
+                continue
+            text = f.metadata["help"].replace("%", "%%")
+            if "(default" not in text and cls is TrainConfig:
+                text += f" (default: {f.default}{', or the preset’s' if f.name in by_preset else ''})"
+            if isinstance(f.default, bool):
+                group.add_argument(flag(f.name), action="store_true", help=text)
+            else:
+                metavar = {int: "N", float: "X", str: "TEXT"}[type(f.default)] if "choices" not in f.metadata else None
+                group.add_argument(flag(f.name), type=type(f.default), choices=f.metadata.get("choices"), metavar=metavar, help=text)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out-dir, with its recorded settings; "
+                        "--max-steps and --max-minutes given again extend it")  # fmt: skip
+    return parser
+
+
+def resume_config(given: dict[str, Any]) -> tuple[ModelConfig, TrainConfig, Path]:
+    """A run's recorded settings, with what a resume may change replaced by the flags given."""
+    if not given.get("out_dir"):
+        raise ConfigError("--resume needs --out-dir, the folder of the run to go on with")
+    folder = Path(given["out_dir"])
+    model_cfg, cfg = load_config(folder)
+    found = []
+    for name, value in given.items():
+        recorded = getattr(cfg, name) if hasattr(cfg, name) else getattr(model_cfg, name)
+        if name in RESUMABLE:
+            setattr(cfg, name, value)
+        elif name != "out_dir" and value != recorded:
+            found.append(f"{flag(name)} {value} cannot change on a resume; the run was started with {recorded}")
+    if found := found + model_cfg.problems() + cfg.problems():
+        raise ConfigError("\n".join(found))
+    return model_cfg, cfg, folder
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 when the run ended or was saved, 2 with one line for each problem."""
+    given = vars(make_parser().parse_args(argv))
+    try:
+        if given.pop("resume", False):
+            model_cfg, cfg, folder = resume_config(given)
+            train(model_cfg, cfg, folder, load_checkpoint(folder / "checkpoint.pt"))
+        else:
+            wanted = given.get("device", "auto")
+            model_cfg, cfg = make_config(given, has_gpu=wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()))
+            train(model_cfg, cfg, new_run_folder(cfg))
+    except (ConfigError, DataError) as error:
+        for line in str(error).splitlines():
+            print(f"train.py: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
