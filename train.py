@@ -110,22 +110,48 @@ class ModelConfig:
         return found
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019), in float32 whatever comes in."""
+class Normalize(torch.autograd.Function):
+    """RMSNorm in few passes over memory: only its inputs and one number a group and token are kept for the backward.
 
-    def __init__(self, d: int, eps: float = 1e-5):
+    h = x, or x * silu(z) with a gate; y = h / rms(h) * weight, the mean square taken over each of `groups` equal parts.
+    """
+
+    @staticmethod
+    def forward(ctx, x, z, weight, eps, groups):
+        h = (x if z is None else F.silu(z).mul_(x)).unflatten(-1, (groups, -1))
+        scale = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, z, weight, scale)
+        return (h * scale).flatten(-2).mul_(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, z, weight, scale = ctx.saved_tensors
+        gate = None if z is None else F.silu(z)
+        n = (x if z is None else gate * x).unflatten(-1, (scale.shape[-2], -1)) * scale
+        dweight = (dy * n.flatten(-2)).flatten(0, -2).sum(0)
+        dn = (dy * weight).view_as(n)
+        dh = torch.addcmul(dn, n, (dn * n).mean(-1, keepdim=True), value=-1).mul_(scale).flatten(-2)
+        if z is None:
+            return dh, None, dweight, None, None
+        return dh * gate, torch.ops.aten.silu_backward(dh * x, z), dweight, None, None
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, or each of its groups (Zhang & Sennrich 2019), in float32."""
+
+    def __init__(self, d: int, eps: float = 1e-5, groups: int = 1):
         super().__init__()
-        self.eps = eps
+        self.eps, self.groups = eps, groups
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Norm of x (..., d), or of x * silu(z) when a gate z is given (Mamba-2's norm, `norm_before_gate=False`)."""
-        h = x.float() if z is None else x.float() * F.silu(z.float())
-        return F.rms_norm(h, self.weight.shape, self.weight, self.eps).to(x.dtype)
+        return Normalize.apply(x.float(), None if z is None else z.float(), self.weight, self.eps, self.groups).to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (B, 1, T, head_dim) of rotary positions (Su et al. 2021) over one or three axes.
+    """Cosine and sine (B, T, 1, 1, head_dim / 2) of rotary positions (Su et al. 2021) over one or three axes.
 
     positions is (B, T, 1), or (B, T, 3) with column, row and number of the grid; three axes share the pairs of
     channels 5 : 5 : 6 and, being at most a few dozen long, use base 100 instead of theta.
@@ -136,14 +162,13 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     frequency = [base ** (-i / n) for n in share for i in range(n)]
     axis = [a for a, n in enumerate(share) for _ in range(n)]
     angles = positions[..., axis].float() * torch.tensor(frequency, device=positions.device)  # (B, T, pairs)
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
-    return angles.cos(), angles.sin()
+    return angles.cos()[:, :, None, None], angles.sin()[:, :, None, None]
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate x (B, n_head, T, head_dim) by its angles; channel i is paired with i + head_dim / 2, as in Llama."""
-    a, b = x.chunk(2, dim=-1)
-    return (x * rope[0] + torch.cat([-b, a], dim=-1) * rope[1]).to(x.dtype)
+    """Rotate x (B, T, 2, n_head, head_dim) by its angles; channel i is paired with i + head_dim / 2, as in Llama."""
+    (a, b), (cos, sin) = x.chunk(2, dim=-1), rope
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -157,8 +182,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, n_head, T, head_dim)
-        q, k = rotate(q, rope), rotate(k, rope)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, -1)
+        q, k = rotate(qkv[:, :, :2], rope).permute(2, 0, 3, 1, 4)  # 2 x (B, n_head, T, head_dim)
+        v = qkv[:, :, 2].transpose(1, 2)
         if cache is None or not cache.stepping:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             if cache is not None:
@@ -194,6 +220,7 @@ class CausalConv(torch.autograd.Function):
         return F.silu(y)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, seq_idx, y = ctx.saved_tensors
         dy = torch.ops.aten.silu_backward(dy, y)
@@ -268,6 +295,7 @@ class ChunkScan(torch.autograd.Function):
         return y, final
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dfinal):
         x, dt, A, Bm, Cm, D, seq_idx, a, H = ctx.saved_tensors
         b, c, q, h, p = x.shape
@@ -386,7 +414,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
         self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.nheads))
-        self.norm = RMSNorm(self.d_inner, norm_eps)
+        self.norm = RMSNorm(self.d_inner, norm_eps, ngroups)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
     def forward(self, u: Tensor, seq_idx: Tensor | None = None, cache: Cache | None = None) -> Tensor:

@@ -1,0 +1,362 @@
+"""Pictures of a run: the curves of its metrics, and its predicted grids beside the truth.
+
+    python plot.py runs/arc        # metrics.jsonl -> curves.png, predictions.json -> predictions.png
+
+Needs only matplotlib and numpy; draws without a display, so it works on any machine. `train.py` calls it when a run ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+ARC_COLOURS = ["#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00",  # black, blue, red, green, yellow
+               "#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25"]  # grey, magenta, orange, light blue, maroon
+INK, QUIET, RIGHT, WRONG = "#24292f", "#6e7781", "#1a7f37", "#cf222e"
+TRAIN, VALIDATION = "#4c78a8", "#e4572e"
+RATES = {"solve_rate": ("tasks solved", RIGHT), "cell_accuracy": ("cells right", "#8250df"),
+         "shape_accuracy": ("shapes right", "#9a6700")}
+ROWS = 8  # of the contact sheet; the rest of its measures are inches
+BOX, ARROW, TOP, ROW = 1.55, 0.3, 0.92, 2.28  # side of a grid's place, gap inside a pair, heights of heading and row
+PAIR = 2 * BOX + ARROW
+LEFT = [0.2, 0.2 + BOX + ARROW, 0.5 + PAIR, 0.5 + PAIR + BOX + ARROW,  # where the seven grids of a row begin
+        1.0 + 2 * PAIR, 1.0 + 2 * PAIR + BOX + ARROW, 1.2 + 3 * PAIR]
+WIDTH = LEFT[6] + BOX + 0.2
+STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": INK, "axes.edgecolor": "#d0d7de",
+    "axes.labelcolor": QUIET, "xtick.color": QUIET, "ytick.color": QUIET, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": "#eaeef2", "axes.axisbelow": True,
+    "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
+    "text.usetex": False,
+}
+
+Grid = np.ndarray  # (rows, columns) of colours 0-9
+
+
+class PlotError(Exception):
+    """What is wrong with the run folder, in one line."""
+
+
+# == reading a run ==================================================================================================
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, oldest first. A torn last line (the run was killed) is left out."""
+    if not path.is_file():
+        raise PlotError(f"{path.parent} holds no {path.name}: give the folder of a run, for example runs/arc")
+    lines = [(n, text) for n, text in enumerate(path.read_text("utf-8", "replace").splitlines(), 1) if text.strip()]
+    metrics = []
+    for number, text in lines:
+        try:
+            line = json.loads(text)
+            if not isinstance(line, dict):
+                raise ValueError("not an object")
+        except ValueError as problem:
+            if number == lines[-1][0]:
+                break
+            raise PlotError(f"{path} line {number} is broken ({problem}): remove that line and try again") from None
+        metrics.append(line)
+    return metrics
+
+
+def series(metrics: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and finite values of one key, in order of steps; where a step occurs twice (resumed) the later one counts."""
+    values = {}
+    for line in metrics:
+        step, value = line.get("step"), line.get(key)
+        if all(isinstance(v, (int, float)) and math.isfinite(v) for v in (step, value)):
+            values[step] = value
+    steps = sorted(values)
+    return np.array(steps, dtype=float), np.array([values[s] for s in steps], dtype=float)
+
+
+def read_predictions(path: Path) -> list[dict]:
+    """The entries of a predictions.json with their grids as arrays. Raises PlotError naming the first bad entry."""
+    try:
+        entries = json.loads(path.read_text("utf-8"))
+    except ValueError as problem:
+        raise PlotError(f"{path} is not JSON ({problem}): remove it or let the run write it again") from None
+    if not isinstance(entries, list):
+        raise PlotError(f"{path} holds no list of predictions: remove it or let the run write it again")
+    checked = []
+    for number, entry in enumerate(entries):
+        try:
+            shown = [(_grid(pair["input"]), _grid(pair["output"])) for pair in entry["demonstrations"]]
+            answer = _grid(entry["prediction"]) if entry["prediction"] else None
+            checked.append({"name": f"{entry['task']}", "test": int(entry["test"]), "demonstrations": shown,
+                            "input": _grid(entry["input"]), "prediction": answer, "truth": _grid(entry["truth"])})
+        except KeyError as problem:
+            raise PlotError(f"{path} entry {number} has no {problem}: let the run write it again") from None
+        except (TypeError, ValueError) as problem:
+            raise PlotError(f"{path} entry {number} is malformed ({problem}): let the run write it again") from None
+    return checked
+
+
+def _grid(rows: list[list[int]]) -> Grid:
+    """A grid as an array. Raises ValueError unless it is a rectangle of colours."""
+    lengths = {len(row) for row in rows}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError("a grid with rows of different lengths, or empty")
+    grid = np.array(rows)
+    if grid.ndim != 2 or grid.dtype.kind != "i" or grid.min() < 0 or grid.max() > 9:
+        raise ValueError("a grid with a cell that is no colour from 0 to 9")
+    return grid
+
+
+# == the curves =====================================================================================================
+
+
+def plot_curves(run: Path) -> Path | None:
+    """Draws `curves.png` from `metrics.jsonl`; None if there is nothing in it to draw yet."""
+    run = Path(run)
+    metrics = read_metrics(run / "metrics.jsonl")
+    drawable = ("loss", "val_loss", *RATES)
+    if not any(len(series(metrics, key)[0]) for key in drawable):
+        return None
+    with style.context(STYLE, after_reset=True):
+        rates = any(len(series(metrics, key)[0]) for key in RATES)
+        figure = Figure(figsize=(12 if rates else 8, 5.4), dpi=140, layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(2, 2 if rates else 1, sharex=True, squeeze=False, height_ratios=[5, 1])
+        draw_loss(panels[0, 0], metrics)
+        draw_strip(panels[1, 0], metrics, "lr", "learning rate")
+        if rates:
+            draw_rates(panels[0, 1], metrics)
+            draw_strip(panels[1, 1], metrics, "grad_norm", "gradient norm")
+        for axes in panels[-1]:
+            axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        figure.suptitle(_headline(run, metrics), x=0.01, ha="left", fontsize=10, color=QUIET)
+        return _save(figure, run / "curves.png")
+
+
+def _headline(run: Path, metrics: list[dict]) -> str:
+    """One line that tells runs apart: name, steps, minutes, speed."""
+    parts = [run.resolve().name]
+    for key, form in (("step", "{:,.0f} steps"), ("minutes", "{:.1f} minutes"), ("tokens_per_second", "{:,.0f} tokens/s")):
+        values = series(metrics, key)[1]
+        if len(values):
+            parts.append(form.format(np.median(values) if key == "tokens_per_second" else values[-1]))
+    return "   ·   ".join(parts)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving average over about a thirtieth of the curve; no lag, and narrower near the ends."""
+    half = len(values) // 60
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(at, len(values) - 1 - at))
+    return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+
+
+def draw_loss(axes: Axes, metrics: list[dict]) -> None:
+    """Training loss, raw and smoothed, and validation loss with its last value written beside it."""
+    steps, loss = series(metrics, "loss")
+    tops = []
+    if len(steps):
+        smoothed = smooth(loss)
+        if len(steps) >= 60:
+            axes.plot(steps, loss, color=TRAIN, alpha=0.28, linewidth=0.8)
+        axes.plot(steps, smoothed, color=TRAIN, linewidth=1.8, label="training" + (", smoothed" if len(steps) >= 60 else ""))
+        tops.append(smoothed.max())
+    steps, loss = series(metrics, "val_loss")
+    if len(steps):
+        axes.plot(steps, loss, color=VALIDATION, linewidth=1.8, marker="o", markersize=4, label="validation")
+        _label(axes, steps[-1], loss[-1], f"{loss[-1]:.3f}", VALIDATION)
+        tops.append(loss.max())
+    if tops and max(tops) > 0:
+        axes.set_ylim(0, 1.08 * max(tops))  # a single spike does not flatten the curve
+    axes.set_title("Loss")
+    axes.set_ylabel("nats per token")
+    axes.legend(loc="upper right")
+
+
+def draw_rates(axes: Axes, metrics: list[dict]) -> None:
+    """Shares of tasks solved, cells right and shapes right, each with its last value written beside it."""
+    for key, (name, colour) in RATES.items():
+        steps, values = series(metrics, key)
+        if len(steps):
+            axes.plot(steps, values, color=colour, linewidth=1.8, marker="o", markersize=4, label=name)
+            _label(axes, steps[-1], values[-1], f"{values[-1]:.1%}", colour)
+    axes.set_ylim(-0.02, 1.04)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_title("Held-out tasks")
+    axes.legend(loc="best")
+
+
+def draw_strip(axes: Axes, metrics: list[dict], key: str, name: str) -> None:
+    """A small panel with one quantity, named inside it."""
+    steps, values = series(metrics, key)
+    axes.plot(steps, values, color=QUIET, linewidth=1.2)
+    if len(values):
+        axes.set_ylim(0, 1.15 * max(np.percentile(values, 99), 1e-12))
+    axes.set_title(name, fontsize=9, fontweight="normal", color=QUIET)
+    axes.yaxis.set_major_locator(MaxNLocator(2))
+
+
+def _label(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
+    axes.annotate(text, (x, y), xytext=(7, 0), textcoords="offset points", color=colour, va="center", fontweight="bold")
+
+
+# == the contact sheet ==============================================================================================
+
+
+def share_right(prediction: Grid | None, truth: Grid) -> float:
+    """Share of cells that are right; where the shapes differ, of all cells that either grid has."""
+    if prediction is None:
+        return 0.0
+    rows, columns = np.minimum(prediction.shape, truth.shape)
+    same = int((prediction[:rows, :columns] == truth[:rows, :columns]).sum())
+    return same / (prediction.size + truth.size - rows * columns)
+
+
+def wrong_cells(prediction: Grid, truth: Grid) -> Grid:
+    """True where the prediction differs from the truth or lies outside it."""
+    wrong = np.ones(prediction.shape, dtype=bool)
+    rows, columns = np.minimum(prediction.shape, truth.shape)
+    wrong[:rows, :columns] = prediction[:rows, :columns] != truth[:rows, :columns]
+    return wrong
+
+
+def solved(entry: dict) -> bool:
+    return entry["prediction"] is not None and np.array_equal(entry["prediction"], entry["truth"])
+
+
+def plot_predictions(run: Path) -> Path | None:
+    """Draws `predictions.png` from `predictions.json`; None if the run has no predictions."""
+    run = Path(run)
+    if not (run / "predictions.json").is_file():
+        return None
+    entries = read_predictions(run / "predictions.json")
+    if not entries:
+        return None
+    best = sorted(entries, key=lambda e: (not solved(e), -share_right(e["prediction"], e["truth"]), e["name"], e["test"]))
+    best = best[:ROWS]
+    with style.context(STYLE, after_reset=True):
+        height = TOP + ROW * len(best)
+        figure = Figure(figsize=(WIDTH, height), dpi=110)
+        FigureCanvasAgg(figure)
+        sheet = figure.add_axes((0, 0, 1, 1))  # one canvas, measured in inches from the upper left corner
+        sheet.set(xlim=(0, WIDTH), ylim=(height, 0))
+        sheet.axis("off")
+        draw_heading(sheet, run.resolve().name, sum(map(solved, entries)), len(entries), len(best))
+        for row, entry in enumerate(best):
+            draw_entry(sheet, entry, TOP + ROW * row)
+        return _save(figure, run / "predictions.png")
+
+
+def draw_heading(sheet: Axes, name: str, done: int, total: int, shown: int) -> None:
+    """The result, the run's name and the titles of the columns."""
+    sheet.text(LEFT[0], 0.34, f"{done} of {total} test outputs solved", fontsize=16, fontweight="bold", va="center")
+    notes = [name] + ([f"the best {shown} are shown"] if total > shown else []) + ["wrong cells are outlined"]
+    sheet.text(LEFT[6] + BOX, 0.34, "   ·   ".join(notes), fontsize=10, color=QUIET, ha="right", va="center")
+    for x, title in ((LEFT[0], "demonstration 1"), (LEFT[2], "demonstration 2"), (LEFT[4], "test input"),
+                     (LEFT[5], "prediction"), (LEFT[6], "truth")):
+        sheet.text(x, 0.72, title, fontsize=10, color=QUIET, va="center")
+
+
+def draw_entry(sheet: Axes, entry: dict, top: float) -> None:
+    """One row of the sheet: two demonstrations, the test input, the prediction and the truth."""
+    sheet.plot([LEFT[0], LEFT[6] + BOX], [top, top], color="#d0d7de", linewidth=0.8)
+    sheet.text(LEFT[0], top + 0.2, f"{entry['name']}, test {entry['test'] + 1}", fontweight="bold", va="center")
+    verdict, colour = judge(entry)
+    sheet.text(LEFT[5], top + 0.2, verdict, color=colour, fontsize=11, fontweight="bold", va="center")
+    prediction, truth = entry["prediction"], entry["truth"]
+    grids = [grid for pair in entry["demonstrations"][:2] for grid in pair]
+    places = list(zip(LEFT[:4], grids, strict=False)) + list(zip(LEFT[4:], (entry["input"], prediction, truth), strict=True))
+    largest = max(max(grid.shape) for _, grid in places if grid is not None)
+    top += 0.36
+    for x, grid in places:
+        if grid is not None:
+            size = BOX / min(largest, 2 * max(grid.shape))  # one scale a row, but a grid fills half its place at least
+            draw_grid(sheet, grid, x, top, size, wrong_cells(grid, truth) if grid is prediction else None)
+    for x, drawn in ((LEFT[0], len(grids) > 1), (LEFT[2], len(grids) > 3), (LEFT[4], True)):
+        if drawn:
+            sheet.text(x + BOX + ARROW / 2, top + BOX / 2, "\u2192", fontsize=13, color=QUIET, ha="center", va="center")
+    if prediction is None:
+        sheet.add_patch(Rectangle((LEFT[5], top), BOX, BOX, facecolor="none", edgecolor=WRONG, linestyle=":"))
+        sheet.text(LEFT[5] + BOX / 2, top + BOX / 2, "no grid", color=WRONG, ha="center", va="center")
+
+
+def judge(entry: dict) -> tuple[str, str]:
+    """What became of a prediction, in words, and the colour of those words."""
+    prediction, truth = entry["prediction"], entry["truth"]
+    if solved(entry):
+        return "\u2714 solved, 100 % right", RIGHT
+    if prediction is None:
+        return "\u2718 not a grid, 0 % right", WRONG
+    share = f"\u2718 {math.floor(100 * share_right(prediction, truth))} % of cells right"
+    if prediction.shape != truth.shape:
+        share += f", wrong shape"
+    return share, WRONG
+
+
+def draw_grid(sheet: Axes, grid: Grid, left: float, top: float, size: float, wrong: Grid | None = None) -> None:
+    """One grid in the middle of its place, cells `size` inches wide, its shape below, the `wrong` cells outlined."""
+    rows, columns = grid.shape
+    x0, y0 = left + (BOX - columns * size) / 2, top + (BOX - rows * size) / 2
+    across, down = x0 + size * np.arange(columns + 1), y0 + size * np.arange(rows + 1)
+    sheet.pcolormesh(across, down, grid, cmap=ListedColormap(ARC_COLOURS), vmin=-0.5, vmax=9.5, edgecolors="#5c5c5c",
+                     linewidth=min(0.6, 5 * size), antialiased=True)
+    if wrong is not None and wrong.any():
+        cells = [Rectangle((across[c], down[r]), size, size) for r, c in np.argwhere(wrong)]
+        for width, colour in ((2.4, "white"), (1.1, "black")):  # two tones stand out from every colour
+            outline = PatchCollection(cells, facecolors="none", edgecolors=colour, linewidths=width * min(1, 8 * size))
+            sheet.add_collection(outline, autolim=False)
+    sheet.text(left + BOX / 2, top + BOX + 0.1, f"{rows} \u00d7 {columns}", fontsize=7.5, color=QUIET, ha="center", va="center")
+
+
+# == saving and the command line ====================================================================================
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    """Writes the picture under a temporary name and renames it: a viewer never sees half of it."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(scratch, format="png", facecolor="white")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return path
+
+
+def plot_run(run: Path | str) -> list[Path]:
+    """Draws every picture that a run folder has data for and returns their paths. Raises PlotError on bad data."""
+    run = Path(run)
+    if not run.is_dir():
+        raise PlotError(f"{run} is not a folder: give the folder of a run, for example runs/arc")
+    pictures = [plot_curves(run), plot_predictions(run)]
+    if pictures[0] is None:
+        raise PlotError(f"{run / 'metrics.jsonl'} holds no losses yet: let the run take a few steps")
+    return [picture for picture in pictures if picture is not None]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code: 0, or 2 after one line on stderr."""
+    parser = argparse.ArgumentParser(description="Draw the pictures of a run into its folder.")
+    parser.add_argument("run", type=Path, help="the folder of a run, for example runs/arc")
+    try:
+        for picture in plot_run(parser.parse_args(argv).run):
+            print(f"wrote {picture}")
+    except (PlotError, OSError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
