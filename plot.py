@@ -2,7 +2,7 @@
 
     python plot.py runs/arc        # metrics.jsonl -> curves.png, predictions.json -> predictions.png
 
-Needs only matplotlib and numpy; draws without a display, so it works on any machine. `train.py` calls it when a run ends.
+Needs only matplotlib and numpy, and no display. `train.py` draws the same pictures when a run ends.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ TRAIN, VALIDATION = "#4c78a8", "#e4572e"
 RATES = {"solve_rate": ("tasks solved", RIGHT), "cell_accuracy": ("cells right", "#8250df"),
          "shape_accuracy": ("shapes right", "#9a6700")}
 ROWS = 8  # of the contact sheet; the rest of its measures are inches
-BOX, ARROW, TOP, ROW = 1.55, 0.3, 0.92, 2.28  # side of a grid's place, gap inside a pair, heights of heading and row
+BOX, ARROW = 1.55, 0.3  # side of a grid's place, gap inside a pair
+TOP, HEAD, FOOT = 0.92, 0.42, 0.34  # heights of the heading, and of what stands above and below the grids of a row
 PAIR = 2 * BOX + ARROW
 LEFT = [0.2, 0.2 + BOX + ARROW, 0.5 + PAIR, 0.5 + PAIR + BOX + ARROW,  # where the seven grids of a row begin
         1.0 + 2 * PAIR, 1.0 + 2 * PAIR + BOX + ARROW, 1.2 + 3 * PAIR]
@@ -74,7 +75,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def series(metrics: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and finite values of one key, in order of steps; where a step occurs twice (resumed) the later one counts."""
+    """Steps and finite values of one key, in order of steps; where a step occurs twice, the later line counts."""
     values = {}
     for line in metrics:
         step, value = line.get("step"), line.get(key)
@@ -140,27 +141,28 @@ def plot_curves(run: Path) -> Path | None:
         for axes in panels[-1]:
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        figure.suptitle(_headline(run, metrics), x=0.01, ha="left", fontsize=10, color=QUIET)
+        figure.get_layout_engine().set(rect=(0, 0, 1, 0.93))
+        figure.text(0.008, 0.965, _headline(run, metrics), fontsize=10, color=QUIET, va="center")
         return _save(figure, run / "curves.png")
 
 
 def _headline(run: Path, metrics: list[dict]) -> str:
     """One line that tells runs apart: name, steps, minutes, speed."""
     parts = [run.resolve().name]
-    for key, form in (("step", "{:,.0f} steps"), ("minutes", "{:.1f} minutes"), ("tokens_per_second", "{:,.0f} tokens/s")):
+    for key, form, pick in (("step", "{:,.0f} steps", np.max), ("minutes", "{:.1f} minutes", np.max),
+                            ("tokens_per_second", "{:,.0f} tokens/s", np.median)):
         values = series(metrics, key)[1]
         if len(values):
-            parts.append(form.format(np.median(values) if key == "tokens_per_second" else values[-1]))
+            parts.append(form.format(pick(values)))
     return "   ·   ".join(parts)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over about a thirtieth of the curve; no lag, and narrower near the ends."""
-    half = len(values) // 60
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    at = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(at, len(values) - 1 - at))
-    return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+    """Centred average under a Hann window of about a fifteenth of the curve: no lag, no steps; narrower at the ends."""
+    half = len(values) // 30
+    window = np.hanning(2 * half + 3)[1:-1]
+    weight = np.convolve(np.ones(len(values)), window, mode="same")
+    return np.convolve(values, window, mode="same") / weight
 
 
 def draw_loss(axes: Axes, metrics: list[dict]) -> None:
@@ -168,11 +170,12 @@ def draw_loss(axes: Axes, metrics: list[dict]) -> None:
     steps, loss = series(metrics, "loss")
     tops = []
     if len(steps):
-        smoothed = smooth(loss)
-        if len(steps) >= 60:
+        many = len(steps) >= 60
+        if many:
             axes.plot(steps, loss, color=TRAIN, alpha=0.28, linewidth=0.8)
-        axes.plot(steps, smoothed, color=TRAIN, linewidth=1.8, label="training" + (", smoothed" if len(steps) >= 60 else ""))
-        tops.append(smoothed.max())
+            loss = smooth(loss)
+        axes.plot(steps, loss, color=TRAIN, linewidth=1.8, label="training, smoothed" if many else "training")
+        tops.append(loss.max())
     steps, loss = series(metrics, "val_loss")
     if len(steps):
         axes.plot(steps, loss, color=VALIDATION, linewidth=1.8, marker="o", markersize=4, label="validation")
@@ -182,20 +185,25 @@ def draw_loss(axes: Axes, metrics: list[dict]) -> None:
         axes.set_ylim(0, 1.08 * max(tops))  # a single spike does not flatten the curve
     axes.set_title("Loss")
     axes.set_ylabel("nats per token")
-    axes.legend(loc="upper right")
+    _legend(axes)
 
 
 def draw_rates(axes: Axes, metrics: list[dict]) -> None:
     """Shares of tasks solved, cells right and shapes right, each with its last value written beside it."""
+    last = []
     for key, (name, colour) in RATES.items():
         steps, values = series(metrics, key)
         if len(steps):
             axes.plot(steps, values, color=colour, linewidth=1.8, marker="o", markersize=4, label=name)
-            _label(axes, steps[-1], values[-1], f"{values[-1]:.1%}", colour)
+            last.append((values[-1], steps[-1], colour))
+    height = -1.0
+    for value, step, colour in sorted(last):
+        height = max(value, height + 0.055)  # equal values would write over each other
+        _label(axes, step, height, f"{value:.1%}", colour)
     axes.set_ylim(-0.02, 1.04)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title("Held-out tasks")
-    axes.legend(loc="best")
+    _legend(axes)
 
 
 def draw_strip(axes: Axes, metrics: list[dict], key: str, name: str) -> None:
@@ -206,6 +214,11 @@ def draw_strip(axes: Axes, metrics: list[dict], key: str, name: str) -> None:
         axes.set_ylim(0, 1.15 * max(np.percentile(values, 99), 1e-12))
     axes.set_title(name, fontsize=9, fontweight="normal", color=QUIET)
     axes.yaxis.set_major_locator(MaxNLocator(2))
+
+
+def _legend(axes: Axes) -> None:
+    """On the line of the title, where it covers no curve."""
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.985), ncols=3, borderaxespad=0, handlelength=1.6)
 
 
 def _label(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
@@ -236,6 +249,11 @@ def solved(entry: dict) -> bool:
     return entry["prediction"] is not None and np.array_equal(entry["prediction"], entry["truth"])
 
 
+def rank(entry: dict) -> tuple:
+    """The order of the sheet: solved first, then by the share of right cells."""
+    return not solved(entry), -share_right(entry["prediction"], entry["truth"]), entry["name"], entry["test"]
+
+
 def plot_predictions(run: Path) -> Path | None:
     """Draws `predictions.png` from `predictions.json`; None if the run has no predictions."""
     run = Path(run)
@@ -244,18 +262,18 @@ def plot_predictions(run: Path) -> Path | None:
     entries = read_predictions(run / "predictions.json")
     if not entries:
         return None
-    best = sorted(entries, key=lambda e: (not solved(e), -share_right(e["prediction"], e["truth"]), e["name"], e["test"]))
-    best = best[:ROWS]
+    best = sorted(entries, key=rank)[:ROWS]
     with style.context(STYLE, after_reset=True):
-        height = TOP + ROW * len(best)
+        tops = np.cumsum([TOP] + [row_height(entry) for entry in best])
+        height = tops[-1]
         figure = Figure(figsize=(WIDTH, height), dpi=110)
         FigureCanvasAgg(figure)
         sheet = figure.add_axes((0, 0, 1, 1))  # one canvas, measured in inches from the upper left corner
         sheet.set(xlim=(0, WIDTH), ylim=(height, 0))
         sheet.axis("off")
         draw_heading(sheet, run.resolve().name, sum(map(solved, entries)), len(entries), len(best))
-        for row, entry in enumerate(best):
-            draw_entry(sheet, entry, TOP + ROW * row)
+        for entry, top in zip(best, tops[:-1], strict=True):
+            draw_entry(sheet, entry, top)
         return _save(figure, run / "predictions.png")
 
 
@@ -269,27 +287,48 @@ def draw_heading(sheet: Axes, name: str, done: int, total: int, shown: int) -> N
         sheet.text(x, 0.72, title, fontsize=10, color=QUIET, va="center")
 
 
+def placed(entry: dict) -> list[tuple[float, Grid, float]]:
+    """Left edge, grid and cell size (inches) of the grids in a row.
+
+    All have one scale, so that shapes compare, but a small grid fills at least half of its place.
+    """
+    shown = [grid for pair in (entry["demonstrations"] + [(None, None)] * 2)[:2] for grid in pair]
+    shown += [entry["input"], entry["prediction"], entry["truth"]]
+    largest = max(max(grid.shape) for grid in shown if grid is not None)
+    return [(left, grid, BOX / min(largest, 2 * max(grid.shape)))
+            for left, grid in zip(LEFT, shown, strict=True) if grid is not None]
+
+
+def grids_height(entry: dict) -> float:
+    """Inches that the tallest grid of a row takes."""
+    return max(len(grid) * size for _, grid, size in placed(entry))
+
+
+def row_height(entry: dict) -> float:
+    """Inches from the line above a row to the line above the next."""
+    return HEAD + grids_height(entry) + FOOT
+
+
 def draw_entry(sheet: Axes, entry: dict, top: float) -> None:
     """One row of the sheet: two demonstrations, the test input, the prediction and the truth."""
     sheet.plot([LEFT[0], LEFT[6] + BOX], [top, top], color="#d0d7de", linewidth=0.8)
-    sheet.text(LEFT[0], top + 0.2, f"{entry['name']}, test {entry['test'] + 1}", fontweight="bold", va="center")
+    sheet.text(LEFT[0], top + HEAD / 2, f"{entry['name']}, test {entry['test'] + 1}", fontweight="bold", va="center")
     verdict, colour = judge(entry)
-    sheet.text(LEFT[5], top + 0.2, verdict, color=colour, fontsize=11, fontweight="bold", va="center")
-    prediction, truth = entry["prediction"], entry["truth"]
-    grids = [grid for pair in entry["demonstrations"][:2] for grid in pair]
-    places = list(zip(LEFT[:4], grids, strict=False)) + list(zip(LEFT[4:], (entry["input"], prediction, truth), strict=True))
-    largest = max(max(grid.shape) for _, grid in places if grid is not None)
-    top += 0.36
-    for x, grid in places:
-        if grid is not None:
-            size = BOX / min(largest, 2 * max(grid.shape))  # one scale a row, but a grid fills half its place at least
-            draw_grid(sheet, grid, x, top, size, wrong_cells(grid, truth) if grid is prediction else None)
-    for x, drawn in ((LEFT[0], len(grids) > 1), (LEFT[2], len(grids) > 3), (LEFT[4], True)):
-        if drawn:
-            sheet.text(x + BOX + ARROW / 2, top + BOX / 2, "\u2192", fontsize=13, color=QUIET, ha="center", va="center")
-    if prediction is None:
-        sheet.add_patch(Rectangle((LEFT[5], top), BOX, BOX, facecolor="none", edgecolor=WRONG, linestyle=":"))
-        sheet.text(LEFT[5] + BOX / 2, top + BOX / 2, "no grid", color=WRONG, ha="center", va="center")
+    sheet.text(LEFT[5], top + HEAD / 2, verdict, color=colour, fontsize=11, fontweight="bold", va="center")
+    height = grids_height(entry)
+    middle = top + HEAD + height / 2
+    for left, grid, size in placed(entry):
+        draw_grid(sheet, grid, left + BOX / 2, middle, size)
+        sheet.text(left + BOX / 2, middle + height / 2 + 0.13, "{} \u00d7 {}".format(*grid.shape), fontsize=7.5,
+                   color=QUIET, ha="center", va="center")
+        if left in (LEFT[0], LEFT[2], LEFT[4]):
+            sheet.text(left + BOX + ARROW / 2, middle, "\u2192", fontsize=13, color=QUIET, ha="center", va="center")
+        if left == LEFT[5]:
+            mark_prediction(sheet, entry, left + BOX / 2, middle, size)
+    if entry["prediction"] is None:
+        corner = (LEFT[5], middle - height / 2)
+        sheet.add_patch(Rectangle(corner, BOX, height, facecolor="none", edgecolor=WRONG, linestyle=":"))
+        sheet.text(LEFT[5] + BOX / 2, middle, "no grid", color=WRONG, ha="center", va="center")
 
 
 def judge(entry: dict) -> tuple[str, str]:
@@ -299,25 +338,33 @@ def judge(entry: dict) -> tuple[str, str]:
         return "\u2714 solved, 100 % right", RIGHT
     if prediction is None:
         return "\u2718 not a grid, 0 % right", WRONG
-    share = f"\u2718 {math.floor(100 * share_right(prediction, truth))} % of cells right"
-    if prediction.shape != truth.shape:
-        share += f", wrong shape"
-    return share, WRONG
+    shape = "" if prediction.shape == truth.shape else ", wrong shape"
+    return f"\u2718 {math.floor(100 * share_right(prediction, truth))} % of cells right{shape}", WRONG
 
 
-def draw_grid(sheet: Axes, grid: Grid, left: float, top: float, size: float, wrong: Grid | None = None) -> None:
-    """One grid in the middle of its place, cells `size` inches wide, its shape below, the `wrong` cells outlined."""
+def corners(grid: Grid, x: float, y: float, size: float) -> tuple[np.ndarray, np.ndarray]:
+    """Where the columns and rows of a grid begin and end whose middle is at (x, y), in inches."""
     rows, columns = grid.shape
-    x0, y0 = left + (BOX - columns * size) / 2, top + (BOX - rows * size) / 2
-    across, down = x0 + size * np.arange(columns + 1), y0 + size * np.arange(rows + 1)
-    sheet.pcolormesh(across, down, grid, cmap=ListedColormap(ARC_COLOURS), vmin=-0.5, vmax=9.5, edgecolors="#5c5c5c",
-                     linewidth=min(0.6, 5 * size), antialiased=True)
-    if wrong is not None and wrong.any():
-        cells = [Rectangle((across[c], down[r]), size, size) for r, c in np.argwhere(wrong)]
-        for width, colour in ((2.4, "white"), (1.1, "black")):  # two tones stand out from every colour
-            outline = PatchCollection(cells, facecolors="none", edgecolors=colour, linewidths=width * min(1, 8 * size))
-            sheet.add_collection(outline, autolim=False)
-    sheet.text(left + BOX / 2, top + BOX + 0.1, f"{rows} \u00d7 {columns}", fontsize=7.5, color=QUIET, ha="center", va="center")
+    return x + size * (np.arange(columns + 1) - columns / 2), y + size * (np.arange(rows + 1) - rows / 2)
+
+
+def draw_grid(sheet: Axes, grid: Grid, x: float, y: float, size: float) -> None:
+    """One grid around (x, y), cells `size` inches wide, with thin lines between them."""
+    sheet.pcolormesh(*corners(grid, x, y, size), grid, cmap=ListedColormap(ARC_COLOURS), vmin=-0.5, vmax=9.5,
+                     edgecolors="#5c5c5c", linewidth=min(0.6, 5 * size), antialiased=True)
+
+
+def mark_prediction(sheet: Axes, entry: dict, x: float, y: float, size: float) -> None:
+    """A green or red frame around the prediction, and an outline around each wrong cell."""
+    across, down = corners(entry["prediction"], x, y, size)
+    cells = [Rectangle((across[c], down[r]), size, size)
+             for r, c in np.argwhere(wrong_cells(entry["prediction"], entry["truth"]))]
+    for width, colour in ((2.4, "white"), (1.1, "black")):  # two tones stand out from every colour
+        outlines = dict(facecolors="none", edgecolors=colour, linewidths=width * min(1, 8 * size))
+        sheet.add_collection(PatchCollection(cells, **outlines), autolim=False)
+    gap = 0.035
+    frame = (across[0] - gap, down[0] - gap), across[-1] - across[0] + 2 * gap, down[-1] - down[0] + 2 * gap
+    sheet.add_patch(Rectangle(*frame, facecolor="none", edgecolor=judge(entry)[1], linewidth=2))
 
 
 # == saving and the command line ====================================================================================
@@ -339,22 +386,23 @@ def plot_run(run: Path | str) -> list[Path]:
     run = Path(run)
     if not run.is_dir():
         raise PlotError(f"{run} is not a folder: give the folder of a run, for example runs/arc")
-    pictures = [plot_curves(run), plot_predictions(run)]
-    if pictures[0] is None:
-        raise PlotError(f"{run / 'metrics.jsonl'} holds no losses yet: let the run take a few steps")
-    return [picture for picture in pictures if picture is not None]
+    return [picture for picture in (plot_curves(run), plot_predictions(run)) if picture is not None]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code: 0, or 2 after one line on stderr."""
     parser = argparse.ArgumentParser(description="Draw the pictures of a run into its folder.")
     parser.add_argument("run", type=Path, help="the folder of a run, for example runs/arc")
+    run = parser.parse_args(argv).run
     try:
-        for picture in plot_run(parser.parse_args(argv).run):
-            print(f"wrote {picture}")
+        pictures = plot_run(run)
+        if not pictures:
+            raise PlotError(f"{run / 'metrics.jsonl'} holds nothing to draw yet: let the run take a few steps")
     except (PlotError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
+    for picture in pictures:
+        print(f"wrote {picture}")
     return 0
 
 

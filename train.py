@@ -32,12 +32,13 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
 import time
 import types
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,9 +56,9 @@ UNKNOWN_TASK = 16  # first token of a sequence whose task has no vector of its o
 HERE = Path(__file__).resolve().parent
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with the help text that its command-line flag shows."""
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, *choices: str) -> Any:
+    """A dataclass field with the help text, and perhaps the choices, of its command-line flag."""
+    return field(default=default, metadata={"help": text, "choices": choices or None})
 
 
 # == MODEL ============================================================================================================
@@ -147,7 +148,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Norm of x (..., d), or of x * silu(z) when a gate z is given (Mamba-2's norm, `norm_before_gate=False`)."""
-        return Normalize.apply(x.float(), None if z is None else z.float(), self.weight, self.eps, self.groups).to(x.dtype)
+        z = z if z is None else z.float()
+        return Normalize.apply(x.float(), z, self.weight, self.eps, self.groups).to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -238,8 +240,10 @@ class ChunkScan(torch.autograd.Function):
 
     Mirrors `ssd_minimal_discrete` of the paper (listing 1) and `_mamba_chunk_scan_combined_fwd/bwd` upstream. Only
     the states between chunks are kept for the backward pass; the (Q, Q) matrices are made again, one head at a time,
-    so that they stay in the processor's cache. x (B, C, Q, H, P), dt (B, C, Q, H), A and D (H,), Bm and Cm
-    (B, C, Q, G, N), seq_idx (B, C, Q) or None, initial (B, N, H, P) or None. Returns y like x, final (B, N, H, P).
+    so that they stay in the processor's cache.
+
+    x (B, C, Q, H, P), dt and da = dt * A (B, C, Q, H), Bm and Cm (B, C, Q, N), D (B, H), seq_idx (B, C, Q) or None,
+    initial (B, N, H, P) or None. Returns y like x and the final state (B, N, H, P).
     """
 
     @staticmethod
@@ -247,7 +251,7 @@ class ChunkScan(torch.autograd.Function):
         """Decay into each position, from each position to its chunk's end, over a chunk, and the mask inside one.
 
         a (B, C, Q, H) is the sum of dt * A from the chunk's start. Positions of another sequence decay to nothing.
-        Returns (B, C, Q, H), (B, C, Q, H), (B, C, 1, H, 1) and an additive mask (B*C or 1, Q, Q).
+        Returns (B, C, Q, H, 1), (B, C, Q, H, 1), (B, C, 1, H, 1) and an additive mask (B*C or 1, Q, Q).
         """
         Q = a.shape[2]
         into, onward, over = a.exp(), (a[:, :, -1:] - a).exp(), a[:, :, -1].exp()
@@ -260,113 +264,86 @@ class ChunkScan(torch.autograd.Function):
             over = over * (last == before)
             s = seq_idx.flatten(0, 1)
             mask = mask.masked_fill(s[:, :, None] != s[:, None, :], -math.inf)
-        return into, onward, over[:, :, None, :, None], mask
+        return into[..., None], onward[..., None], over[:, :, None, :, None], mask
 
     @staticmethod
-    def forward(ctx, x, dt, A, Bm, Cm, D, seq_idx, initial):
-        b, c, q, h, p = x.shape
-        g, n = Bm.shape[3:]
-        k, r = b * c, h // g  # chunks in all, heads in a group
-        a = (dt * A).cumsum(2)
+    def within(a: Tensor, head: int, mask: Tensor) -> Tensor:
+        """L: the decay from each position of a chunk to each later one, for one head, (B*C, Q, Q)."""
+        a = a[..., head].flatten(0, 1)
+        return (a[:, :, None] - a[:, None, :]).add_(mask).exp_()
+
+    @staticmethod
+    def forward(ctx, x, dt, da, Bm, Cm, D, seq_idx, initial):
+        (b, c, q, h, p), n = x.shape, Bm.shape[-1]
+        a = da.cumsum(2)
         into, onward, over, mask = ChunkScan.decays(a, seq_idx)
         u = x * dt[..., None]
-        uk, Bk, Ck, ak = u.view(k, q, h, p), Bm.view(k, q, g, n), Cm.view(k, q, g, n), a.view(k, q, h)
+        Bk, Ck = Bm.view(b * c, q, n), Cm.view(b * c, q, n)
         # 1. what each chunk adds to the state by its end
-        W = (u * onward[..., None]).view(k, q, g, r * p)
-        S = torch.stack([torch.bmm(Bk[:, :, i].mT, W[:, :, i]) for i in range(g)], dim=2)  # (k, n, g, r*p)
-        S = S.view(b, c, n, h, p).unbind(1)
+        S = torch.bmm(Bk.mT, (u * onward).view(b * c, q, h * p)).view(b, c, n, h, p)
         # 2. the state before each chunk: the only sequential part, one multiply-add a chunk
-        states = [torch.zeros_like(S[0]) if initial is None else initial]
-        for s, decay in zip(S, over.unbind(1), strict=True):
+        states = [torch.zeros_like(S[:, 0]) if initial is None else initial]
+        for s, decay in zip(S.unbind(1), over.unbind(1), strict=True):
             states.append(torch.addcmul(s, states[-1], decay))
         final, H = states.pop(), torch.stack(states, dim=1)  # (b, c, n, h, p)
         # 3. what that state says to each position of the chunk
-        Hk = H.view(k, n, g, r * p)
-        y = torch.stack([torch.bmm(Ck[:, :, i], Hk[:, :, i]) for i in range(g)], dim=2).view(x.shape)
-        y.mul_(into[..., None]).addcmul_(x, D[:, None])
+        y = torch.bmm(Ck, H.view(b * c, n, h * p)).view(x.shape).mul_(into).addcmul_(x, D[:, None, None, :, None])
         # 4. what positions of the same chunk say to each other
-        yk = y.view(k, q, h, p)
-        for i in range(g):
-            CB = torch.bmm(Ck[:, :, i], Bk[:, :, i].mT)  # (k, q, q)
-            for j in range(i * r, (i + 1) * r):
-                M = (ak[:, :, None, j] - ak[:, None, :, j]).add_(mask).exp_().mul_(CB)
-                yk[:, :, j].baddbmm_(M, uk[:, :, j])
-        ctx.save_for_backward(x, dt, A, Bm, Cm, D, seq_idx, a, H)
+        CB = torch.bmm(Ck, Bk.mT)  # (b*c, q, q)
+        for i, (yi, ui) in enumerate(zip(y.flatten(0, 1).unbind(2), u.flatten(0, 1).unbind(2), strict=True)):
+            yi += torch.bmm(ChunkScan.within(a, i, mask).mul_(CB), ui)
+        ctx.save_for_backward(x, dt, Bm, Cm, D, seq_idx, a, H)
         return y, final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dfinal):
-        x, dt, A, Bm, Cm, D, seq_idx, a, H = ctx.saved_tensors
-        b, c, q, h, p = x.shape
-        g, n = Bm.shape[3:]
-        k, r = b * c, h // g
+        x, dt, Bm, Cm, D, seq_idx, a, H = ctx.saved_tensors
+        (b, c, q, h, p), n = x.shape, Bm.shape[-1]
         dy = dy.contiguous()
         into, onward, over, mask = ChunkScan.decays(a, seq_idx)
         u = x * dt[..., None]
-        uk, Bk, Ck, ak, Hk = u.view(k, q, h, p), Bm.view(k, q, g, n), Cm.view(k, q, g, n), a.view(k, q, h), H.view(k, n, g, r * p)
-        dBk, dCk = torch.empty_like(Bk), torch.empty_like(Ck)
+        Bk, Ck, Hk = Bm.view(b * c, q, n), Cm.view(b * c, q, n), H.view(b * c, n, h * p)
         # 3. from each position to the state before its chunk
-        E = dy * into[..., None]
-        Ek = E.view(k, q, g, r * p)
-        CH, dH = torch.empty_like(Ek), torch.empty_like(Hk)
-        for i in range(g):
-            CH[:, :, i] = torch.bmm(Ck[:, :, i], Hk[:, :, i])
-            dH[:, :, i] = torch.bmm(Ck[:, :, i].mT, Ek[:, :, i])
-            dCk[:, :, i] = torch.bmm(Ek[:, :, i], Hk[:, :, i].mT)
-        da = (E * CH.view(x.shape)).sum(-1)
-        # 2. from each chunk to those before it
+        E = (dy * into).view(b * c, q, h * p)
+        dC, dH = torch.bmm(E, Hk.mT), torch.bmm(Ck.mT, E).view(H.shape)
+        dsum = E.mul_(torch.bmm(Ck, Hk)).view(x.shape).sum(-1)  # gradient of a
+        # 2. from each chunk to those before it: dS is the gradient of the state at the end of each
         dS = [torch.zeros_like(H[:, 0]) if dfinal is None else dfinal]
-        for dh, decay in zip(reversed(dH.view(H.shape).unbind(1)), reversed(over.unbind(1)), strict=True):
+        for dh, decay in zip(reversed(dH.unbind(1)), reversed(over.unbind(1)), strict=True):
             dS.append(torch.addcmul(dh, dS[-1], decay))
-        dinitial = dS.pop()
-        dS = torch.stack(dS[::-1], dim=1)  # gradient of the state at the end of each chunk
-        da[:, :, -1] += ((dS * H).sum(2, keepdim=True) * over).sum((2, 4))
+        dinitial, dS = dS.pop(), torch.stack(dS[::-1], dim=1)
+        dsum[:, :, -1] += ((dS * H).sum(2, keepdim=True) * over).sum((2, 4))
         # 1. from the end of a chunk to its positions
-        dSk, dW = dS.view(Hk.shape), CH
-        Wk = (u * onward[..., None]).view(Ek.shape)
-        for i in range(g):
-            dW[:, :, i] = torch.bmm(Bk[:, :, i], dSk[:, :, i])
-            dBk[:, :, i] = torch.bmm(Wk[:, :, i], dSk[:, :, i].mT)
-        through = (dW * Wk).view(x.shape).sum(-1)
-        da -= through
-        da[:, :, -1] += through.sum(2)
-        du = dW.view(x.shape).mul_(onward[..., None])
+        W, dSk = u * onward, dS.view(b * c, n, h * p)
+        dB = torch.bmm(W.view(b * c, q, h * p), dSk.mT)
+        du = torch.bmm(Bk, dSk).view(x.shape)
+        through = W.mul_(du).sum(-1)
+        dsum -= through
+        dsum[:, :, -1] += through.sum(2)
+        du *= onward
         # 4. inside each chunk
-        duk, dyk, dak = du.view(k, q, h, p), dy.view(k, q, h, p), da.view(k, q, h)
-        for i in range(g):
-            CB = torch.bmm(Ck[:, :, i], Bk[:, :, i].mT)
-            dCB = torch.zeros_like(CB)
-            for j in range(i * r, (i + 1) * r):
-                L = (ak[:, :, None, j] - ak[:, None, :, j]).add_(mask).exp_()
-                dM = torch.bmm(dyk[:, :, j], uk[:, :, j].mT).mul_(L)
-                dCB += dM
-                duk[:, :, j].baddbmm_(L.mul_(CB).mT, dyk[:, :, j])
-                dM.mul_(CB)
-                dak[:, :, j] += dM.sum(2) - dM.sum(1)
-            dCk[:, :, i] += torch.bmm(dCB, Bk[:, :, i])
-            dBk[:, :, i] += torch.bmm(dCB.mT, Ck[:, :, i])
-        dsum = da.flip(2).cumsum(2).flip(2)  # gradient of dt * A
-        dx = (du * dt[..., None]).addcmul_(dy, D[:, None])
-        ddt = (du * x).sum(-1).addcmul_(dsum, A)
-        dD = (dy * x).sum((0, 1, 2, 4))
-        return dx, ddt, (dsum * dt).sum((0, 1, 2)), dBk.view(Bm.shape), dCk.view(Cm.shape), dD, None, dinitial if ctx.needs_input_grad[7] else None
+        CB, dCB = torch.bmm(Ck, Bk.mT), torch.zeros_like(mask.expand(b * c, q, q))
+        heads = zip(*(v.flatten(0, 1).unbind(2) for v in (du, u, dy, dsum)), strict=True)
+        for i, (dui, ui, dyi, dsi) in enumerate(heads):
+            L = ChunkScan.within(a, i, mask)
+            dM = torch.bmm(dyi, ui.mT).mul_(L)
+            dCB += dM
+            dui += torch.bmm(L.mul_(CB).mT, dyi)
+            dM.mul_(CB)
+            dsi += dM.sum(2) - dM.sum(1)
+        dC.baddbmm_(dCB, Bk)
+        dB.baddbmm_(dCB.mT, Ck)
+        dx = (du * dt[..., None]).addcmul_(dy, D[:, None, None, :, None])
+        dD = (dy * x).sum((1, 2, 4))
+        dinitial = dinitial if ctx.needs_input_grad[7] else None
+        dda, dB, dC = dsum.flip(2).cumsum(2).flip(2), dB.view(Bm.shape), dC.view(Cm.shape)
+        return dx, (du * x).sum(-1), dda, dB, dC, dD, None, dinitial
 
 
-def ssd_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    chunk_size: int,
-    D: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    seq_idx: Tensor | None = None,
-    initial_states: Tensor | None = None,
-    return_final_states: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = None,
+             dt_bias: Tensor | None = None, dt_softplus: bool = False, seq_idx: Tensor | None = None,
+             initial_states: Tensor | None = None, return_final_states: bool = False):
     """Pure-PyTorch twin of `mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined`: same arguments and meaning.
 
     h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t];  y[t] = C[t] h[t] + D x[t], for every head, in float32, any length.
@@ -374,24 +351,26 @@ def ssd_scan(
     0 (the state starts anew where the id changes; an initial state belongs to id 0), initial_states (B, H, P, N).
     Returns y (B, T, H, P) and, if asked for, the state after the last position (B, H, P, N).
     """
-    kind, (b, t, h, p) = x.dtype, x.shape
-    x, dt, B, C = x.float(), dt.float(), B.float(), C.float()
-    if dt_bias is not None:
-        dt = dt + dt_bias
-    if dt_softplus:
-        dt = F.softplus(dt)
+    (b, t, h, p), g = x.shape, B.shape[2]
+    dt = dt.float() if dt_bias is None else dt.float() + dt_bias
+    dt = F.softplus(dt) if dt_softplus else dt
+    D = dt.new_zeros(h) if D is None else D.float()
     q = min(chunk_size, t)
-    if pad := -t % q:  # a step of length zero neither decays the state nor adds to it
-        x, B, C = (F.pad(v, (0, 0, 0, 0, 0, pad)) for v in (x, B, C))
-        dt = F.pad(dt, (0, 0, 0, pad))
-        seq_idx = seq_idx if seq_idx is None else torch.cat([seq_idx, seq_idx[:, -1:].expand(b, pad)], dim=1)
-    x, dt, B, C = (v.reshape(b, -1, q, *v.shape[2:]).contiguous() for v in (x, dt, B, C))
-    seq_idx = seq_idx if seq_idx is None else seq_idx.reshape(b, -1, q)
-    initial = initial_states if initial_states is None else initial_states.float().permute(0, 3, 1, 2).contiguous()
-    D = x.new_zeros(h) if D is None else D.float()
-    y, final = ChunkScan.apply(x, dt, A.float(), B, C, D, seq_idx, initial)
-    y = y.view(b, -1, h, p)[:, :t].to(kind)
-    return (y, final.permute(0, 2, 3, 1)) if return_final_states else y
+    pad = -t % q  # a step of length zero neither decays the state nor adds to it
+
+    def rows(v: Tensor) -> Tensor:
+        """(B, T, H or G, ...) -> (B * G, C, Q, H / G or 1, ...): each group a row of its own."""
+        v = F.pad(v.float(), (0, 0) * (v.dim() - 2) + (0, pad)).unflatten(2, (g, -1)).movedim(2, 1)
+        return v.reshape(b * g, -1, q, *v.shape[3:]).contiguous()
+
+    if seq_idx is not None:
+        seq_idx = torch.cat([seq_idx, seq_idx[:, -1:].expand(b, pad)], dim=1).repeat_interleave(g, 0).view(b * g, -1, q)
+    if initial_states is not None:  # (B, H, P, N) -> (B * G, N, H / G, P)
+        initial_states = initial_states.float().reshape(b * g, h // g, p, -1).permute(0, 3, 1, 2).contiguous()
+    y, final = ChunkScan.apply(rows(x), rows(dt), rows(dt * A), rows(B).squeeze(3), rows(C).squeeze(3),
+                               D.view(g, -1).repeat(b, 1), seq_idx, initial_states)
+    y = y.view(b, g, t + pad, h // g, p)[:, :, :t].movedim(1, 2).reshape(b, t, h, p).to(x.dtype)
+    return (y, final.permute(0, 2, 3, 1).reshape(b, h, p, -1)) if return_final_states else y
 
 
 class Mamba2(nn.Module):
@@ -404,7 +383,8 @@ class Mamba2(nn.Module):
 
     def __init__(self, d_model, d_state=64, d_conv=4, expand=2, headdim=64, ngroups=1, chunk_size=64, norm_eps=1e-5):
         super().__init__()
-        self.d_state, self.d_conv, self.headdim, self.ngroups, self.chunk_size = d_state, d_conv, headdim, ngroups, chunk_size
+        self.d_state, self.d_conv, self.headdim = d_state, d_conv, headdim
+        self.ngroups, self.chunk_size = ngroups, chunk_size
         self.d_inner = expand * d_model
         self.nheads = self.d_inner // headdim
         self.d_xbc = self.d_inner + 2 * ngroups * d_state  # channels that go through the convolution
@@ -439,14 +419,16 @@ class Mamba2(nn.Module):
         """Causal depthwise convolution and SiLU, (B, T, d_xbc) -> same."""
         return CausalConv.apply(xbc, self.conv1d.weight[:, 0], self.conv1d.bias, seq_idx).to(xbc.dtype)
 
+    def heads(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolved channels (..., d_xbc) as x (..., H, P), B and C (..., G, N)."""
+        x, b, c = xbc.split([self.d_inner, self.ngroups * self.d_state, self.ngroups * self.d_state], dim=-1)
+        return x.unflatten(-1, (self.nheads, -1)), *(v.unflatten(-1, (self.ngroups, -1)) for v in (b, c))
+
     def mix(self, xbc: Tensor, dt: Tensor, seq_idx: Tensor | None = None, return_final_states: bool = False):
         """The scan over convolved x, B and C: (B, T, d_xbc), (B, T, H) -> (B, T, d_inner), and the last state."""
-        x, b, c = xbc.split([self.d_inner, self.ngroups * self.d_state, self.ngroups * self.d_state], dim=-1)
-        x, b, c = x.unflatten(-1, (self.nheads, -1)), b.unflatten(-1, (self.ngroups, -1)), c.unflatten(-1, (self.ngroups, -1))
-        out = self.scan(
-            x, dt, -torch.exp(self.A_log.float()), b, c, self.chunk_size, D=self.D, dt_bias=self.dt_bias,
-            dt_softplus=True, seq_idx=seq_idx, return_final_states=return_final_states,
-        )  # fmt: skip
+        x, b, c = self.heads(xbc)
+        out = self.scan(x, dt, -self.A_log.exp(), b, c, self.chunk_size, D=self.D, dt_bias=self.dt_bias,
+                        dt_softplus=True, seq_idx=seq_idx, return_final_states=return_final_states)
         return (out[0].flatten(2), out[1]) if return_final_states else out.flatten(2)
 
     def step(self, xbc: Tensor, dt: Tensor, cache: Cache) -> Tensor:
@@ -454,9 +436,8 @@ class Mamba2(nn.Module):
         recent, state = cache[self]  # (B, d_conv - 1, d_xbc), (B, H, P, N)
         window = torch.cat([recent, xbc[:, None].float()], dim=1)
         xbc = F.silu((window * self.conv1d.weight[:, 0].T).sum(1) + self.conv1d.bias)
-        x, b, c = xbc.split([self.d_inner, self.ngroups * self.d_state, self.ngroups * self.d_state], dim=-1)
-        x = x.view(-1, self.nheads, self.headdim)
-        b, c = (v.view(-1, self.ngroups, self.d_state).repeat_interleave(self.nheads // self.ngroups, 1) for v in (b, c))
+        x, b, c = self.heads(xbc)
+        b, c = (v.repeat_interleave(self.nheads // self.ngroups, 1) for v in (b, c))  # (B, H, N)
         dt = F.softplus(dt.float() + self.dt_bias)
         decay = torch.exp(-dt * self.A_log.exp())[..., None, None]
         state = state * decay + (x * dt[..., None])[..., None] * b[:, :, None]
@@ -561,7 +542,8 @@ class GridLayout(NamedTuple):
         """
         offset = torch.tensor([(r, c) for r in (-1, 0, 1) for c in (-1, 0, 1)], device=tokens.device)
         row, col = self.row[..., None] + offset[:, 0], self.col[..., None] + offset[:, 1]
-        inside = (row >= 0) & (row < self.source_rows[..., None]) & (col >= 0) & (col < self.source_stride[..., None] - 1)
+        inside = (row >= 0) & (row < self.source_rows[..., None])
+        inside &= (col >= 0) & (col < self.source_stride[..., None] - 1)
         inside &= (self.output == 1)[..., None] & (self.source >= 0)[..., None]
         index = self.source[..., None] + 1 + row * self.source_stride[..., None] + col
         cells = tokens.gather(1, index.clamp(0, tokens.shape[1] - 1).flatten(1)).view(index.shape)
@@ -722,9 +704,9 @@ def encode_answer(grid: Grid) -> np.ndarray:
     return np.append(encode_grid(grid), END)
 
 
-def pair_length(pair: Pair) -> int:
-    """Tokens of one pair with its marks."""
-    return 3 + sum(g.shape[0] * (g.shape[1] + 1) for g in pair)
+def pair_length(pair: Pair, turned: int = 0) -> int:
+    """Tokens of one pair with its marks; `turned` 1 by a quarter turn, which makes columns of its rows."""
+    return 3 + sum(g.size + g.shape[turned] for g in pair)
 
 
 def apply_symmetry(grid: Grid, symmetry: int) -> Grid:
@@ -771,6 +753,11 @@ class DataError(Exception):
     """A file that cannot be used: the message names it, says what is wrong and what to do."""
 
 
+def reason(error: BaseException) -> str:
+    """The first line of an error, for a message of ours; its kind where it says nothing."""
+    return (str(error).splitlines() or [""])[0][:120] or type(error).__name__
+
+
 class Task(NamedTuple):
     """A task's name and its pairs; of a question, the last pair's output is None and its answer kept elsewhere."""
 
@@ -802,7 +789,7 @@ def read_task(path: Path) -> dict[str, list[tuple[Grid, Grid | None]]]:
     try:
         task = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({str(error).splitlines()[0][:100]})") from None
+        raise DataError(f"{path}: cannot be read as JSON ({reason(error)})") from None
     pairs: dict[str, list] = {}
     for part in ("train", "test"):
         listed = task.get(part) if isinstance(task, dict) else None
@@ -819,10 +806,10 @@ def read_task(path: Path) -> dict[str, list[tuple[Grid, Grid | None]]]:
 
 def read_split(folder: Path, split: str) -> dict[str, dict]:
     """All tasks of one split, by name, in the order of their names."""
-    files = sorted((folder / split).glob("*.json")) if (folder / split).is_dir() else []
+    files = sorted((folder / split).glob("[!.]*.json")) if (folder / split).is_dir() else []
     if not files:
         raise DataError(f"{folder / split}: no task files (*.json) there; --data-dir wants a folder with training/ and "
-                        "evaluation/, as `python arc_data/prepare.py` writes it")  # fmt: skip
+                        "evaluation/, as `python arc_data/prepare.py` writes it")
     return {f.stem: read_task(f) for f in files}
 
 
@@ -846,9 +833,9 @@ def load_arc(folder: Path, holdout: int, max_grid: int, demonstrations: str) -> 
     found = len(training)
     training = {name: t for name, t in training.items() if Task(name, t["train"] + t["test"]).largest() <= max_grid}
     by_hash = sorted(training, key=lambda name: hashlib.sha256(name.encode()).digest())
-    held = set(by_hash[:holdout])
+    held = set(by_hash[: min(holdout, len(by_hash) // 4)])
     tasks = [Task(name, [p for p in t["train"] + t["test"] if p[1] is not None])
-             for name, t in training.items() if name not in held]  # fmt: skip
+             for name, t in training.items() if name not in held]
     questions, answers = [], []
     for name in sorted(held):
         for query, answer in training[name]["test"]:
@@ -862,7 +849,7 @@ def load_arc(folder: Path, holdout: int, max_grid: int, demonstrations: str) -> 
         tasks += [task for task in evaluation if task.largest() <= max_grid]
     tasks.sort(key=lambda task: task.name)
     if not tasks:
-        raise DataError(f"{folder}: no task is left to train on; raise --max-grid {max_grid} or lower --holdout {holdout}")
+        raise DataError(f"{folder}: no task has grids of at most {max_grid} x {max_grid}; raise --max-grid")
     trained = len({t.name for t in tasks} | held)
     return ArcData(tasks, questions, answers, found - trained)
 
@@ -876,7 +863,8 @@ class Loader:
     """
 
     def __init__(self, batch_size: int, seed: int = 0, grad_accum_steps: int = 1, rank: int = 0, world_size: int = 1):
-        self.batch_size, self.seed, self.accum, self.rank, self.world = batch_size, seed, grad_accum_steps, rank, world_size
+        self.batch_size, self.seed, self.accum = batch_size, seed, grad_accum_steps
+        self.rank, self.world = rank, world_size
         self.effective = batch_size * grad_accum_steps * world_size
         self.epoch = self.position = 0  # position counts this rank's micro-batches
         self.tokens = self.padding = 0  # positions yielded so far, and how many of them were padding
@@ -903,16 +891,18 @@ class Loader:
         """(x, y), both (B, T) int64, of some rows."""
         raise NotImplementedError
 
-    def rng(self, *key: int) -> np.random.Generator:
-        """Random numbers that depend on seed, epoch and key alone."""
-        return np.random.default_rng([self.seed, self.epoch, *key])
+    def rng(self, key: int = 0) -> np.random.Generator:
+        """Random numbers that depend on seed, epoch and key alone; key 0 is for the order, 1 + row for a row."""
+        return np.random.default_rng([self.seed, self.epoch, key])
 
     def state_dict(self) -> dict[str, int]:
         """Where the loader stands, in rows, so that a run may go on with another micro-batch or number of ranks."""
         return {"epoch": self.epoch, "rows": self.position * self.batch_size * self.world, "effective": self.effective}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from `state_dict()`; the effective batch must be the same."""
+        """Go on from `state_dict()`; ValueError where the effective batch is another."""
+        if state["effective"] != self.effective:
+            raise ValueError(f"the run's effective batch is {state['effective']} sequences, not {self.effective}")
         self.epoch, self.position = state["epoch"], state["rows"] // (self.batch_size * self.world)
 
 
@@ -931,14 +921,15 @@ class ArcDataLoader(Loader):
     of which not even one pair fits is left out (`too_long` names it).
     """
 
-    window = 8
+    window = 16
 
     def __init__(self, tasks: list[Task], batch_size: int, block_size: int, *, train: bool = True,
-                 task_tokens: dict[str, int] | None = None, **order: int):  # fmt: skip
+                 task_tokens: dict[str, int] | None = None, **order: int):
         super().__init__(batch_size, **order)
         self.block_size, self.train, self.task_tokens = block_size, train, task_tokens or {}
-        shortest = min if train else lambda lengths: list(lengths)[-1]
-        fits = [shortest(pair_length(p) for p in t.pairs) <= block_size for t in tasks]
+        turns = (0, 1) if train else (0,)
+        must = [t.pairs if train else t.pairs[-1:] for t in tasks]  # one of these has to fit
+        fits = [min(max(pair_length(p, turned) for turned in turns) for p in pairs) <= block_size for pairs in must]
         self.tasks = [t for t, fit in zip(tasks, fits, strict=True) if fit]
         self.too_long = [t.name for t, fit in zip(tasks, fits, strict=True) if not fit]
         self.dropped = 0
@@ -951,11 +942,10 @@ class ArcDataLoader(Loader):
         pairs, symmetry, colours = list(range(len(task.pairs))), 0, np.arange(10, dtype=np.uint8)
         token = self.task_tokens.get(task.name, UNKNOWN_TASK)
         if self.train:
-            rng = self.rng(row)
+            rng = self.rng(1 + row)
             pairs, symmetry, colours = rng.permutation(len(pairs)).tolist(), int(rng.integers(8)), random_colours(rng)
             token = UNKNOWN_TASK if rng.random() < TASK_DROPOUT else token
-        flip = symmetry % 2  # a quarter turn swaps height and width, and so the number of ROW tokens
-        lengths = [3 + sum(g.size + g.shape[flip] for g in task.pairs[i]) for i in pairs]
+        lengths = [pair_length(task.pairs[i], turned=symmetry % 2) for i in pairs]
         if self.train and lengths[-1] > self.block_size:  # answer with a pair that fits; the shortest does
             best = int(np.argmin(lengths))
             pairs.append(pairs.pop(best)), lengths.append(lengths.pop(best))
@@ -1006,7 +996,7 @@ class ArcDataLoader(Loader):
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """A memory map (tokens,) uint16 of one shard: `.npy`, or `.bin` with its header of 256 int32 (see data/README.md)."""
+    """A memory map (tokens,) uint16 of one shard: `.npy`, or `.bin` behind a header of 256 int32 (data/README.md)."""
     try:
         if path.suffix == ".npy":
             tokens = np.load(path, mmap_mode="r")
@@ -1019,8 +1009,8 @@ def read_shard(path: Path) -> np.ndarray:
         if path.stat().st_size != 1024 + 2 * int(header[2]):
             raise ValueError(f"has {path.stat().st_size:,} bytes where its header says {1024 + 2 * int(header[2]):,}")
         return np.memmap(path, dtype="<u2", mode="r", offset=1024)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a whole token shard ({str(error)[:120]}); make or fetch it again") from None
+    except Exception as error:  # numpy raises many kinds for damaged files
+        raise DataError(f"{path}: not a whole token shard ({reason(error)}); make or fetch it again") from None
 
 
 class FineWebLoader(Loader):
@@ -1030,19 +1020,20 @@ class FineWebLoader(Loader):
     in random order; validation takes the windows as they stand. Shards whose name has "val" are for validation.
     """
 
-    def __init__(self, folder: Path, split: str, batch_size: int, block_size: int, vocab_size: int = 1 << 16, **order: int):
+    def __init__(self, folder: Path, split: str, batch_size: int, block_size: int, vocab_size: int = 65536,
+                 **order: int):
         super().__init__(batch_size, **order)
         files = sorted(f for f in Path(folder).glob("*") if f.suffix in (".npy", ".bin"))
         files = [f for f in files if ("val" in f.name) == (split == "val")]
         if not files:
             raise DataError(f"{folder}: no {'validation' if split == 'val' else 'training'} shards (*{split}*.npy or "
-                            f"*{split}*.bin) there; data/README.md says how to make them")  # fmt: skip
+                            f"*{split}*.bin) there; data/README.md says how to make them")
         self.files, self.shards = files, [read_shard(f) for f in files]
         self.train, self.block_size, self.vocab_size = split != "val", block_size, vocab_size
         self.windows = [max(0, (len(s) - 1) // block_size) for s in self.shards]
         if sum(self.windows) < (self.effective if self.train else 1):
             raise DataError(f"{folder}: {sum(map(len, self.shards)):,} {split} tokens are fewer than one batch of "
-                            f"{self.effective} x {block_size}; lower --batch-size or --block-size")  # fmt: skip
+                            f"{self.effective} x {block_size}; lower --batch-size or --block-size")
 
     def batches(self) -> np.ndarray:
         first = np.concatenate([[0], np.cumsum(self.windows)])
@@ -1060,7 +1051,7 @@ class FineWebLoader(Loader):
             start = (int(row) - (int(ends[shard]) - self.windows[shard])) * self.block_size
             out[i] = self.shards[shard][start : start + self.block_size + 1]
             if out[i].max() >= self.vocab_size:
-                raise DataError(f"{self.files[shard]}: token {out[i].max()} is outside the vocabulary of {self.vocab_size}")
+                raise DataError(f"{self.files[shard]}: token {out[i].max()} in a vocabulary of {self.vocab_size}")
         self.tokens += out[:, 1:].size
         out = torch.from_numpy(out)
         return out[:, :-1], out[:, 1:]
@@ -1073,10 +1064,13 @@ class FineWebLoader(Loader):
 class TrainConfig:
     """Everything about a run that is not the model. 0 means "no limit" or "never" where the help says so."""
 
-    dataset: str = field(default="arc", metadata={"help": "what to train on", "choices": ("arc", "fineweb")})
-    data_dir: str = option("", "arc: folder with training/ and evaluation/; fineweb: folder of token shards (default: arc_data/arcagi, data)")
-    preset: str = option("", "sizes and budget to start from: nano, small, base (arc); nano, gpt2 (fineweb) (default: nano on a CPU, else small or gpt2)")
-    batch_size: int = option(16, "sequences per micro-batch and device; the effective batch is this x accumulation x devices")
+    dataset: str = option("arc", "what to train on", "arc", "fineweb")
+    data_dir: str = option("", "arc: a folder with training/ and evaluation/; fineweb: a folder of token shards "
+                           "(default: arc_data/arcagi, data)")
+    preset: str = option("", "sizes and budget to start from: nano, small, base (arc) or nano, gpt2 (fineweb) "
+                         "(default: nano on a CPU, else small or gpt2)")
+    batch_size: int = option(16, "sequences per micro-batch and device; the effective batch is batch size x "
+                             "accumulation x devices")
     grad_accum_steps: int = option(1, "micro-batches per optimizer step")
     max_steps: int = option(0, "optimizer steps to train for; 0: no limit but --max-minutes")
     max_minutes: float = option(60.0, "wall-clock budget in minutes, kept across a resume; 0: no limit but --max-steps")
@@ -1085,18 +1079,19 @@ class TrainConfig:
     decay_frac: float = option(0.4, "share of the run, at its end, over which the learning rate falls to 0")
     weight_decay: float = option(0.1, "decoupled weight decay of matrices and embeddings")
     grad_clip: float = option(1.0, "largest gradient norm; 0: no clipping")
-    optimizer: str = field(default="muon", metadata={"help": "for the hidden matrices; everything else is AdamW's", "choices": ("muon", "adamw")})
-    ema: float = option(0.0, "evaluate an average of the weights over this share of the run so far, such as 0.05; 0: off")
-    holdout: int = option(40, "arc: training tasks held out to measure on; 0: none")
+    optimizer: str = option("muon", "for the hidden matrices; everything else is AdamW's", "muon", "adamw")
+    ema: float = option(0.0, "evaluate an average of the weights over this share of the steps so far, such as 0.05; "
+                        "0: the weights themselves")
+    holdout: int = option(40, "arc: training tasks held out to measure on, at most a quarter of them; 0: none")
     max_grid: int = option(30, "arc: keep tasks whose grids are at most this many cells high and wide")
-    demonstrations: str = field(default="both", metadata={"help": "arc: learn from the demonstrations of training tasks only, or also from those "
-                                "of held-out and evaluation tasks (never from their answers)", "choices": ("training", "both")})  # fmt: skip
+    demonstrations: str = option("both", "arc: learn from training tasks only, or also from the demonstrations of "
+                                 "held-out and evaluation tasks (never from their answers)", "training", "both")
     seed: int = option(0, "of weights, order and augmentation")
-    device: str = field(default="auto", metadata={"help": "where to compute", "choices": ("auto", "cpu", "cuda", "mps")})
-    dtype: str = field(default="auto", metadata={"help": "of matrix products; auto: bfloat16 on CUDA with capability >= 8.0, else float32",
-                                                 "choices": ("auto", "float32", "bfloat16")})  # fmt: skip
-    kernels: str = field(default="auto", metadata={"help": "Mamba-2 scan: mamba-ssm's Triton kernels or PyTorch; auto: Triton on CUDA if it loads",
-                                                   "choices": ("auto", "triton", "torch")})  # fmt: skip
+    device: str = option("auto", "where to compute", "auto", "cpu", "cuda", "mps")
+    dtype: str = option("auto", "of matrix products; auto: bfloat16 on CUDA with capability >= 8.0, else float32",
+                        "auto", "float32", "bfloat16")
+    kernels: str = option("auto", "Mamba-2 scan: mamba-ssm's Triton kernels or PyTorch; auto: Triton on CUDA if it "
+                          "loads", "auto", "triton", "torch")
     compile: bool = option(False, "torch.compile everything but the Mamba-2 mixers")
     eval_every: int = option(100, "steps between evaluations; 0: only at the end")
     save_every: int = option(100, "steps between checkpoints; 0: only at the end")
@@ -1106,39 +1101,34 @@ class TrainConfig:
         """Everything that is wrong with these settings, in the words of the flags."""
         found = []
         for f in dataclasses.fields(self):
-            value, choices = getattr(self, f.name), f.metadata.get("choices")
+            value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 found.append(f"{flag(f.name)} {value!r} must be one of {', '.join(choices)}")
-        for name, low in (("batch_size", 1), ("grad_accum_steps", 1), ("max_grid", 1), ("max_steps", 0), ("max_minutes", 0),
-                          ("weight_decay", 0), ("grad_clip", 0), ("holdout", 0), ("seed", 0), ("eval_every", 0),
-                          ("save_every", 0)):  # fmt: skip
-            if not low <= getattr(self, name) < math.inf:
-                found.append(f"{flag(name)} is {getattr(self, name)}; it must be at least {low}")
-        for name in ("warmup_frac", "decay_frac", "ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                found.append(f"{flag(name)} is {getattr(self, name)}; it is a share, from 0 to 1")
-        if not 0 < self.max_lr < math.inf:
-            found.append(f"--max-lr is {self.max_lr}; it must be above 0")
+            elif f.name in ("warmup_frac", "decay_frac", "ema"):
+                if not 0 <= value <= 1:
+                    found.append(f"{flag(f.name)} is {value}; it is a share, from 0 to 1")
+            elif type(value) in (int, float):
+                low = 1 if f.name in ("batch_size", "grad_accum_steps", "max_grid") else 0
+                if not low <= value < 1e12:
+                    found.append(f"{flag(f.name)} is {value}; it must be at least {low}")
         if not self.max_steps and not self.max_minutes:
             found.append("--max-steps and --max-minutes are both 0: the run would never end; give one of them")
         if self.preset and self.dataset in PRESETS and self.preset not in PRESETS[self.dataset]:
-            found.append(f"--preset {self.preset!r} for {self.dataset} must be one of {', '.join(PRESETS[self.dataset])}")
+            found.append(f"--preset {self.preset!r} is none of {self.dataset}'s: {', '.join(PRESETS[self.dataset])}")
         return found
 
 
 _ARC = dict(vocab_size=ARC_VOCAB, grid=True, tie_embeddings=False, block_size=4096)
+_NANO = dict(d_model=128, n_head=4, d_state=32, headdim=32, d_ff=344, chunk_size=32, max_minutes=8.0, max_lr=5e-3)
+_LONG = dict(eval_every=500, save_every=500)
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "arc": {
-        "nano": dict(_ARC, d_model=128, pattern="MAMA", n_head=4, d_state=32, headdim=32, d_ff=344, chunk_size=32, block_size=1024,
-                     max_grid=10, max_minutes=8.0, max_lr=5e-3),  # fmt: skip
-        "small": dict(_ARC, d_model=512, pattern="MAMAMAMA", n_head=8, d_ff=1344, eval_every=500, save_every=500),
-        "base": dict(_ARC, d_model=768, pattern="MAMAMAMAMA", n_head=12, d_ff=2048, eval_every=500, save_every=500),
+        "nano": _ARC | _NANO | dict(pattern="MAMA", block_size=1024, max_grid=10),
+        "small": _ARC | _LONG | dict(d_model=512, pattern="MAMAMAMA", n_head=8, d_ff=1344),
+        "base": _ARC | _LONG | dict(d_model=768, pattern="MAMAMAMAMA", n_head=12, d_ff=2048),
     },
-    "fineweb": {
-        "nano": dict(d_model=128, pattern="MMAM", n_head=4, d_state=32, headdim=32, d_ff=344, chunk_size=32, max_minutes=8.0),
-        "gpt2": dict(max_lr=1e-3, eval_every=500, save_every=1000),
-    },
-}  # fmt: skip
+    "fineweb": {"nano": _NANO | dict(pattern="MMAM", batch_size=4), "gpt2": _LONG | dict(max_lr=1e-3)},
+}
 
 
 class ConfigError(Exception):
@@ -1212,13 +1202,13 @@ class NorMuon(torch.optim.Optimizer):
                         s["momentum"], s["second"] = torch.zeros_like(p), p.new_zeros(n, 1)
                 grads, momentum = [p.grad for p in params], [s["momentum"] for s in states]
                 torch._foreach_lerp_(momentum, grads, 1 - group["momentum"])
-                O = self.orthogonalize(torch.stack(torch._foreach_lerp(grads, momentum, group["momentum"])))  # Nesterov
-                second = torch.stack([s["second"] for s in states]).lerp_(O.square().mean(-1, keepdim=True), 1 - group["beta2"])
-                O = O / (second.sqrt() + 1e-8)
-                O *= 0.2 * math.sqrt(n * m) / O.norm(dim=(-2, -1), keepdim=True)
-                for p, s, o, v in zip(params, states, O, second, strict=True):
-                    s["second"].copy_(v)
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(o, alpha=-group["lr"])
+                U = self.orthogonalize(torch.stack(torch._foreach_lerp(grads, momentum, group["momentum"])))  # Nesterov
+                second = [s["second"] for s in states]
+                torch._foreach_lerp_(second, list(U.square().mean(-1, keepdim=True)), 1 - group["beta2"])
+                U /= torch.stack(second).sqrt() + 1e-8
+                U *= 0.2 * math.sqrt(n * m) / U.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-8)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(U), alpha=-group["lr"])
 
 
 class Optimizers:
@@ -1330,7 +1320,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{path}: no checkpoint there; start the run again without --resume") from None
     except Exception as error:  # torch raises many kinds for damaged files
-        raise DataError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:100]})") from None
+        raise DataError(f"{path}: not a readable checkpoint ({reason(error)})") from None
     missing = {"model", "optimizer", "step", "rng", "loader", "config"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise DataError(f"{path}: a checkpoint of another program: it lacks {', '.join(sorted(missing))}")
@@ -1342,11 +1332,17 @@ def load_config(folder: Path) -> tuple[ModelConfig, TrainConfig]:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        return ModelConfig(**config["model"]), TrainConfig(**config["train"])
+        found = ModelConfig(**config["model"]), TrainConfig(**config["train"])
+        for settings in found:
+            for f in dataclasses.fields(settings):
+                value, kind = getattr(settings, f.name), type(f.default)
+                if type(value) is not kind and not (kind is float and type(value) is int):
+                    raise TypeError(f"{f.name} is {str(value)[:40]!r}, not of type {kind.__name__}")
+        return found
     except FileNotFoundError:
         raise DataError(f"{path}: there is no run in this folder to resume") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not the settings of a run ({str(error)[:100]})") from None
+        raise DataError(f"{path}: not the settings of a run ({reason(error)})") from None
 
 
 # == RUNTIME ==========================================================================================================
@@ -1382,10 +1378,10 @@ def choose_scan(kernels: str, device: torch.device) -> tuple[Any, str]:
             raise RuntimeError(f"Triton kernels need --device cuda, not {device.type}")
         return load_triton_scan(), "mamba-ssm Triton kernels"
     except Exception as error:  # a package built for another torch fails in many ways
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
+        why = f"{type(error).__name__}: {reason(error)}"
         if kernels == "triton":
-            raise ConfigError(f"--kernels triton: {reason}") from None
-        return ssd_scan, f"PyTorch scan, slower than mamba-ssm's, which did not load: {reason}"
+            raise ConfigError(f"--kernels triton: {why}") from None
+        return ssd_scan, f"PyTorch scan, slower than mamba-ssm's, which did not load: {why}"
 
 
 @dataclass
@@ -1402,10 +1398,9 @@ class Runtime:
     @staticmethod
     def start(cfg: TrainConfig) -> Runtime:
         """Pick device, precision and kernels, and join the other processes of a `torchrun`."""
-        kind = cfg.device
-        if kind == "auto":
-            kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
+        found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        kind = next(k for k in found if found[k]) if cfg.device == "auto" else cfg.device
+        if not found[kind]:
             raise ConfigError(f"--device {kind}: PyTorch {torch.__version__} sees none; use --device cpu")
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
@@ -1451,24 +1446,26 @@ class Runtime:
 
     def describe(self) -> str:
         """One line for the log: device, precision, kernels, versions."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor() or platform.machine()
-        many = f" x {self.world} processes" if self.world > 1 else f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        return f"{self.device.type} ({name}{many}), {str(self.dtype)[6:]}, {self.kernels}, torch {torch.__version__}"
+        cuda = self.device.type == "cuda"
+        threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name(self.device) if cuda else threads
+        many = f"{self.world} x " if self.world > 1 else ""
+        return f"{many}{self.device.type} ({name}), {str(self.dtype)[6:]}, {self.kernels}, torch {torch.__version__}"
 
 
 class StopFlag:
     """True once Ctrl-C or SIGTERM has come: the loop finishes its step and saves. A second Ctrl-C stops at once."""
 
-    def __init__(self):
+    def __enter__(self) -> StopFlag:
         self.up = False
         self.before = {s: signal.signal(s, self.raise_flag) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def raise_flag(self, number: int, frame: Any) -> None:
         self.up = True
         signal.signal(number, self.before[number])
 
-    def restore(self) -> None:
-        """Give the signals back to whoever had them."""
+    def __exit__(self, *error: Any) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -1499,7 +1496,7 @@ def new_run_folder(cfg: TrainConfig) -> Path:
     if cfg.out_dir:
         folder = Path(cfg.out_dir)
         if (folder / "config.json").exists() or (folder / "checkpoint.pt").exists():
-            raise ConfigError(f"--out-dir {folder} holds a run already; add --resume to continue it, or name another folder")
+            raise ConfigError(f"--out-dir {folder} holds a run; add --resume to continue it, or name another folder")
         return folder
     names = (f"runs/{cfg.dataset}" + (f"-{n}" if n > 1 else "") for n in range(1, 1_000_000))
     return next(Path(name) for name in names if not Path(name).exists())
@@ -1529,7 +1526,7 @@ def unigram_loss(seen: np.ndarray, asked: np.ndarray) -> float:
 
 
 def answer_questions(model: GPT, questions: list[Task], task_tokens: dict[str, int], runtime: Runtime,
-                     batch_size: int, block_size: int, max_side: int) -> list[Grid | None]:  # fmt: skip
+                     batch_size: int, block_size: int, max_side: int) -> list[Grid | None]:
     """Greedy answers, one view each; None where the model writes no grid. Prompts of similar length go together."""
     prompts = []
     for task in questions:
@@ -1545,14 +1542,15 @@ def answer_questions(model: GPT, questions: list[Task], task_tokens: dict[str, i
         for row, i in enumerate(chunk):
             tokens[row, : len(prompts[i])] = torch.from_numpy(prompts[i])
         with runtime.autocast():
-            new, _ = model.generate(tokens.to(runtime.device), lengths.to(runtime.device), max_side * (max_side + 1) + 1, END)
+            longest = max_side * (max_side + 1) + 1
+            new, _ = model.generate(tokens.to(runtime.device), lengths.to(runtime.device), longest, END)
         for i, row in zip(chunk, new.tolist(), strict=True):
             answers[i] = decode_grid(row)
     return answers
 
 
 def score_answers(predicted: list[Grid | None], answers: list[Grid]) -> dict[str, float]:
-    """Shares, 0 to 1: outputs exactly right, outputs of the right shape, right cells (none where the shape is wrong)."""
+    """Shares, 0 to 1: outputs exactly right, of the right shape, and right cells (none where the shape is wrong)."""
     shape = [p is not None and p.shape == a.shape for p, a in zip(predicted, answers, strict=True)]
     right = [int((p == a).sum()) if s else 0 for p, a, s in zip(predicted, answers, shape, strict=True)]
     return {
@@ -1596,17 +1594,22 @@ def open_arc(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: 
     model_cfg.n_tasks = len(data.tasks)
     data.train = ArcDataLoader(arc.tasks, cfg.batch_size, model_cfg.block_size, task_tokens=data.task_tokens, **order)
     if arc.questions:
-        answered = [Task(q.name, [*q.pairs[:-1], (q.pairs[-1][0], a)]) for q, a in zip(arc.questions, arc.answers, strict=True)]
-        data.val = ArcDataLoader(answered, cfg.batch_size, model_cfg.block_size, train=False, task_tokens=data.task_tokens)
+        answered = [Task(q.name, [*q.pairs[:-1], (q.pairs[-1][0], answer)])
+                    for q, answer in zip(arc.questions, arc.answers, strict=True)]
+        data.val = ArcDataLoader(answered, cfg.batch_size, model_cfg.block_size, train=False,
+                                 task_tokens=data.task_tokens)
         seen = np.concatenate([encode_answer(p[1]) for t in data.train.tasks for p in t.pairs])
         data.unigram = unigram_loss(seen, np.concatenate([encode_answer(a) for a in arc.answers]))
     data.pairs = sorted({canonical_hash(p) for t in data.train.tasks for p in t.pairs})
-    runtime.say(f"data        {folder}: {len(data.train.tasks)} tasks with {sum(len(t.pairs) for t in data.train.tasks)} pairs to learn from, "
-                f"{len(data.answers)} questions of {len({q.name for q in data.questions})} held-out training tasks to measure on; "
-                f"left out: {arc.left_out} tasks with grids over {cfg.max_grid} x {cfg.max_grid}, "
-                f"{len(data.train.too_long)} longer than --block-size")  # fmt: skip
-    also = "held-out and evaluation tasks are learned from too, their answers never" if cfg.demonstrations == "both" else "nothing is learned from held-out and evaluation tasks"
-    runtime.say(f"            --demonstrations {cfg.demonstrations}: demonstrations of {also}")
+    count = sum(len(t.pairs) for t in data.train.tasks)
+    held = len({q.name for q in data.questions})
+    runtime.say(f"data        {folder}: {len(data.train.tasks)} tasks, {count} pairs to learn from; "
+                f"{len(data.answers)} outputs of {held} held-out training tasks to measure on\n"
+                f"            left out: {arc.left_out} tasks with grids over {cfg.max_grid} x "
+                f"{cfg.max_grid}, {len(data.train.too_long)} longer than {model_cfg.block_size} tokens")
+    learns = {"both": "training tasks, and the demonstrations of held-out and evaluation tasks, whose answers only "
+              "the scorer sees", "training": "training tasks only"}
+    runtime.say(f"            --demonstrations {cfg.demonstrations}: learns from {learns[cfg.demonstrations]}")
     return data
 
 
@@ -1616,8 +1619,9 @@ def open_text(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order:
     sizes = (cfg.batch_size, model_cfg.block_size, model_cfg.vocab_size)
     data = Data(train=FineWebLoader(folder, "train", *sizes, **order), val=FineWebLoader(folder, "val", *sizes))
     data.unigram = unigram_loss(data.train.shards[0][:2_000_000], data.val.shards[0][:2_000_000])
-    runtime.say(f"data        {folder}: {sum(map(len, data.train.shards)):,} training and {sum(map(len, data.val.shards)):,} "
-                f"validation tokens in {len(data.train.files)} + {len(data.val.files)} shards")  # fmt: skip
+    counts = [f"{sum(map(len, loader.shards)):,}" for loader in (data.train, data.val)]
+    runtime.say(f"data        {folder}: {counts[0]} training and {counts[1]} validation tokens in "
+                f"{len(data.train.files)} + {len(data.val.files)} shards")
     return data
 
 
@@ -1635,15 +1639,15 @@ def evaluate(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder:
     found = {"val_loss": validation_loss(model, data.val, runtime, batches=1_000_000 if data.questions else 20)}
     if data.questions:
         predicted = answer_questions(model, data.questions, data.task_tokens, runtime, cfg.batch_size,
-                                     model.config.block_size, cfg.max_grid)  # fmt: skip
+                                     model.config.block_size, cfg.max_grid)
         found |= score_answers(predicted, data.answers)
         shown = []
         for task, p, a in zip(data.questions, predicted, data.answers, strict=True):
             shown.append({
                 "task": task.name, "test": sum(s["task"] == task.name for s in shown),
                 "demonstrations": [{"input": i.tolist(), "output": o.tolist()} for i, o in task.pairs[:-1]],
-                "input": task.pairs[-1][0].tolist(), "prediction": None if p is None else p.tolist(), "truth": a.tolist(),
-            })  # fmt: skip
+                "input": task.pairs[-1][0].tolist(), "prediction": p if p is None else p.tolist(), "truth": a.tolist(),
+            })
         write_json(folder / "predictions.json", shown)
     model.train()
     return found
@@ -1692,7 +1696,8 @@ def wrap(model: GPT, cfg: TrainConfig, runtime: Runtime) -> nn.Module:
     return network
 
 
-def snapshot(model: GPT, optimizers: Optimizers, ema: Any, loader: Loader, step: int, minutes: float, cfg: TrainConfig) -> dict:
+def snapshot(model: GPT, optimizers: Optimizers, ema: Any, loader: Loader, step: int, minutes: float,
+             cfg: TrainConfig) -> dict[str, Any]:
     """Everything a resume needs, as plain tensors and containers; no tensor in it depends on the clock."""
     return {
         "model": model.state_dict(),
@@ -1700,7 +1705,8 @@ def snapshot(model: GPT, optimizers: Optimizers, ema: Any, loader: Loader, step:
         "ema": ema.state_dict() if ema else None,
         "step": step,
         "minutes": minutes,
-        "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []},
+        "rng": {"torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []},
         "loader": loader.state_dict(),
         "config": {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(cfg)},
     }
@@ -1719,7 +1725,19 @@ def restore(state: dict, model: GPT, optimizers: Optimizers, ema: Any, loader: L
             torch.cuda.set_rng_state_all(state["rng"]["cuda"])
         return int(state["step"]), float(state["minutes"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise DataError(f"checkpoint.pt does not fit this run's config.json ({str(error).splitlines()[0][:120]})") from None
+        raise DataError(f"checkpoint.pt does not fit the settings in config.json ({reason(error)})") from None
+
+
+def open_run(folder: Path, model_cfg: ModelConfig, cfg: TrainConfig, data: Data, step: int) -> MetricsLog:
+    """The run's folder with its settings, ready for metrics after `step`; ConfigError where it cannot be made."""
+    config = {"model": dataclasses.asdict(model_cfg), "train": dataclasses.asdict(cfg), "tasks": data.tasks}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", config)
+        write_json(folder / "supervised_pairs.json", data.pairs)
+        return MetricsLog(folder / "metrics.jsonl", step, redo=bool(cfg.eval_every) and step % cfg.eval_every == 0)
+    except OSError as error:
+        raise ConfigError(f"--out-dir {folder}: cannot be written ({reason(error)})") from None
 
 
 def finish(folder: Path, data: Data, found: dict[str, float], step: int, minutes: float) -> None:
@@ -1754,66 +1772,66 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
     optimizers, ema = Optimizers(model, cfg), make_ema(model, cfg.ema)
     step, spent = restore(state, model, optimizers, ema, data.train) if state else (0, 0.0)
     network, averaged = wrap(model, cfg, runtime), ema.module if ema else model
-    runtime.say(f"model       {sum(p.numel() for p in model.parameters()):,} parameters, {model_cfg.pattern}; effective batch "
-                f"{data.train.effective} x up to {model_cfg.block_size} tokens; {cfg.optimizer}, peak rate {cfg.max_lr:g}")  # fmt: skip
-    if runtime.main:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", {"model": dataclasses.asdict(model_cfg), "train": dataclasses.asdict(cfg), "tasks": data.tasks})
-        write_json(folder / "supervised_pairs.json", data.pairs)
-        log = MetricsLog(folder / "metrics.jsonl", step, redo=cfg.eval_every and step % cfg.eval_every == 0)
+    size = sum(p.numel() for p in model.parameters())
+    runtime.say(f"model       {size:,} parameters, {model_cfg.pattern}; effective batch {data.train.effective} x up to "
+                f"{model_cfg.block_size} tokens; {cfg.optimizer} at {cfg.max_lr:g}")
+    log = open_run(folder, model_cfg, cfg, data, step) if runtime.main else None
 
-    stop, iterator, began, found, saved = StopFlag(), iter(data.train), time.monotonic(), {}, step if state else None
+    iterator, began, found, saved = iter(data.train), time.monotonic(), {}, step if state else None
     bar = tqdm(total=1.0, disable=not runtime.main, mininterval=1 if sys.stderr.isatty() else 30,
-               bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}")  # fmt: skip
-    while True:
-        minutes = spent + (time.monotonic() - began) / 60
-        minutes, stopping = runtime.agree(minutes, stop.up)
-        progress = max(step / cfg.max_steps if cfg.max_steps else 0, minutes / cfg.max_minutes if cfg.max_minutes else 0)
-        done = progress >= 1
+               bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}")
+    with bar, StopFlag() as stop:
+        while True:
+            minutes = spent + (time.monotonic() - began) / 60
+            minutes, stopping = runtime.agree(minutes, stop.up)
+            progress = max(step / (cfg.max_steps or math.inf), minutes / (cfg.max_minutes or math.inf))
+            done = progress >= 1
 
-        # once in a while save
-        if done or stopping or (cfg.save_every and step % cfg.save_every == 0 and step > 0):
-            if runtime.main and step != saved:
-                save_checkpoint(folder / "checkpoint.pt", snapshot(model, optimizers, ema, data.train, step, minutes, cfg))
-                saved = step
-        if stopping:
-            break
+            # once in a while save
+            if done or stopping or (cfg.save_every and step % cfg.save_every == 0 and step > 0):
+                if runtime.main and step != saved:
+                    save_checkpoint(folder / "checkpoint.pt",
+                                    snapshot(model, optimizers, ema, data.train, step, minutes, cfg))
+                    saved = step
+            if stopping:
+                break
 
-        # once in a while evaluate: validation loss, and a few tasks answered
-        if done or (cfg.eval_every and step % cfg.eval_every == 0 and step > 0):
+            # once in a while evaluate: validation loss, and a few tasks answered
+            if done or (cfg.eval_every and step % cfg.eval_every == 0 and step > 0):
+                if runtime.main:
+                    found = evaluate(averaged, data, cfg, runtime, folder)
+                    log.write(step=step, minutes=minutes, **found)
+                    shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+                    bar.write(f"step {step:>6}  {minutes:5.1f} min  {shown}")
+                runtime.agree(0)  # the others wait
+            if done:
+                break
+
+            # do one step of the optimization
+            start, tokens, padding = time.monotonic(), data.train.tokens, data.train.padding
+            batches, iterator = next_batches(data.train, iterator)
+            loss = accumulate(network, batches, runtime)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+            if not math.isfinite(loss + norm):
+                raise DataError(f"step {step}: the loss is {loss}, the gradient norm {norm}; {folder} holds the last good "
+                                "checkpoint, but it is better to start again with a lower --max-lr")
+            lr = cfg.max_lr * schedule(progress, cfg.warmup_frac, cfg.decay_frac)
+            optimizers.step(lr)
+            model.zero_grad(set_to_none=True)
+            if ema:
+                ema.update_parameters(model)
+            step += 1
             if runtime.main:
-                found = evaluate(averaged, data, cfg, runtime, folder)
-                log.write(step=step, minutes=minutes, **found)
-                bar.write(f"step {step:>6}  {minutes:5.1f} min  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
-            runtime.agree(0)  # the others wait
-        if done:
-            break
-
-        # do one step of the optimization
-        start, tokens = time.monotonic(), data.train.tokens - data.train.padding
-        batches, iterator = next_batches(data.train, iterator)
-        loss = accumulate(network, batches, runtime)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
-        if not math.isfinite(loss + norm):
-            raise DataError(f"step {step}: the loss is {loss}, the gradient norm {norm}; resume from the last checkpoint "
-                            "with another --seed, or start again with a lower --max-lr")  # fmt: skip
-        lr = cfg.max_lr * schedule(progress, cfg.warmup_frac, cfg.decay_frac)
-        optimizers.step(lr)
-        model.zero_grad(set_to_none=True)
-        if ema:
-            ema.update_parameters(model)
-        step += 1
-        if runtime.main:
-            speed = (data.train.tokens - data.train.padding - tokens) * runtime.world / (time.monotonic() - start)
-            padding = data.train.padding / data.train.tokens
-            log.write(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=speed, padding=padding,
-                      epoch=data.train.epoch, minutes=minutes)  # fmt: skip
-            bar.n = min(progress, 1.0)
-            bar.set_postfix_str(f"step {step}, loss {loss:.3f}, {speed:,.0f} tokens/s, padding {padding:.0%}")
-    bar.close()
-    stop.restore()
+                tokens, padding = data.train.tokens - tokens, data.train.padding - padding
+                speed = (tokens - padding) * runtime.world / (time.monotonic() - start)
+                log.write(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=speed,
+                          padding=padding / tokens, epoch=data.train.epoch, minutes=minutes)
+                bar.n = min(progress, 1.0)
+                bar.set_postfix_str(f"step {step}, loss {loss:.3f}, {speed:,.0f} tokens/s, "
+                                    f"padding {data.train.padding / data.train.tokens:.0%}")
     if runtime.main and stopping:
-        print(f"stopped at step {step} and saved; to go on: python train.py --out-dir {folder} --resume")
+        again = f"python train.py --out-dir {shlex.quote(str(folder))} --resume"
+        print(f"stopped at step {step} and saved; to go on: {again}")
     elif runtime.main:
         finish(folder, data, found, step, minutes)
     if runtime.world > 1:
@@ -1822,8 +1840,8 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
 
 # == CLI ==============================================================================================================
 
-RESUMABLE = ("max_steps", "max_minutes", "eval_every", "save_every", "batch_size", "grad_accum_steps", "data_dir", "device", "dtype",
-             "kernels", "compile")  # what a resume may change  # fmt: skip
+RESUMABLE = ("max_steps", "max_minutes", "eval_every", "save_every", "batch_size", "grad_accum_steps", "data_dir",
+             "device", "dtype", "kernels", "compile")  # what a resume may change
 
 
 class Parser(argparse.ArgumentParser):
@@ -1838,23 +1856,23 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="train.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
         description="Train a hybrid Mamba-2 / attention GPT from scratch on ARC tasks or FineWeb-Edu token shards.",
-    )  # fmt: skip
+    )
     by_preset = {name for presets in PRESETS.values() for values in presets.values() for name in values}
     for cls, title in ((TrainConfig, "run"), (ModelConfig, "model (default: the preset's)")):
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):
             if "help" not in f.metadata:
                 continue
-            text = f.metadata["help"].replace("%", "%%")
+            text, choices, kind = f.metadata["help"].replace("%", "%%"), f.metadata["choices"], type(f.default)
             if "(default" not in text and cls is TrainConfig:
                 text += f" (default: {f.default}{', or the preset’s' if f.name in by_preset else ''})"
-            if isinstance(f.default, bool):
+            if kind is bool:
                 group.add_argument(flag(f.name), action="store_true", help=text)
             else:
-                metavar = {int: "N", float: "X", str: "TEXT"}[type(f.default)] if "choices" not in f.metadata else None
-                group.add_argument(flag(f.name), type=type(f.default), choices=f.metadata.get("choices"), metavar=metavar, help=text)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out-dir, with its recorded settings; "
-                        "--max-steps and --max-minutes given again extend it")  # fmt: skip
+                metavar = None if choices else {int: "N", float: "X", str: "TEXT"}[kind]
+                group.add_argument(flag(f.name), type=kind, choices=choices, metavar=metavar, help=text)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out-dir, with its recorded "
+                        "settings; --max-steps and --max-minutes given again extend it")
     return parser
 
 
@@ -1884,8 +1902,8 @@ def main(argv: list[str] | None = None) -> int:
             model_cfg, cfg, folder = resume_config(given)
             train(model_cfg, cfg, folder, load_checkpoint(folder / "checkpoint.pt"))
         else:
-            wanted = given.get("device", "auto")
-            model_cfg, cfg = make_config(given, has_gpu=wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()))
+            has_gpu = torch.cuda.is_available() and given.get("device", "auto") in ("auto", "cuda")
+            model_cfg, cfg = make_config(given, has_gpu)
             train(model_cfg, cfg, new_run_folder(cfg))
     except (ConfigError, DataError) as error:
         for line in str(error).splitlines():

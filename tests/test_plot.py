@@ -1,0 +1,267 @@
+"""plot.py: pictures from run folders made up here, and one clear line for those it cannot draw."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import plot
+
+ROOT = Path(__file__).resolve().parent.parent
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write_metrics(run: Path, steps: int = 120, rates: bool = True) -> None:
+    """A run like those train.py leaves: a line a step, some with an evaluation."""
+    run.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for step in range(1, steps + 1):
+        line = {"step": step, "loss": 2.5 * math.exp(-step / 40), "lr": 0.01, "grad_norm": 1, "tokens_per_second": 9e3}
+        if step % 20 == 0:
+            line |= {"val_loss": 2.6 * math.exp(-step / 50), "minutes": step / 60}
+            if rates:
+                line |= {"solve_rate": 0.1, "cell_accuracy": 0.8, "shape_accuracy": 0.8}
+        lines.append(json.dumps(line) + "\n")
+    (run / "metrics.jsonl").write_text("".join(lines))
+
+
+def entry(truth: list, prediction: list | None, task: str = "a", demonstrations: int = 2) -> dict:
+    """One prediction as train.py writes it."""
+    pairs = [{"input": [[0, 1], [2, 3]], "output": [[4, 5, 6]]}] * demonstrations
+    return {"task": task, "test": 0, "demonstrations": pairs, "input": [[7, 8], [9, 0]], "prediction": prediction,
+            "truth": truth}  # fmt: skip
+
+
+def write_predictions(run: Path, entries: object) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "predictions.json").write_text(json.dumps(entries))
+
+
+def arrays(item: dict) -> dict:
+    """The part of an entry that the judge looks at, as `read_predictions` gives it."""
+    answer = item["prediction"]
+    return {"name": item["task"], "test": 0, "prediction": answer if answer is None else np.array(answer),
+            "truth": np.array(item["truth"])}  # fmt: skip
+
+
+def size(picture: Path) -> tuple[int, int]:
+    """Width and height in the header of a PNG."""
+    data = picture.read_bytes()
+    assert data.startswith(PNG) and data.endswith(b"IEND\xaeB`\x82")
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def test_a_run_gives_both_pictures_and_no_other_file(tmp_path, capsys):
+    write_metrics(tmp_path)
+    write_predictions(tmp_path, [entry([[1, 2]], [[1, 2]]), entry([[1, 2]], [[1, 3]]), entry([[1]], None)])
+    assert plot.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"wrote {tmp_path / n}.png" for n in ("curves", "predictions")]
+    assert sorted(os.listdir(tmp_path)) == ["curves.png", "metrics.jsonl", "predictions.json", "predictions.png"]
+    assert min(size(tmp_path / "curves.png") + size(tmp_path / "predictions.png")) > 300
+
+
+@pytest.mark.parametrize("steps", [1, 2, 59, 60, 500])
+def test_curves_of_any_length(steps, tmp_path):
+    write_metrics(tmp_path, steps)
+    assert plot.plot_curves(tmp_path) == tmp_path / "curves.png" and size(tmp_path / "curves.png")
+
+
+def test_without_rates_there_is_one_panel(tmp_path):
+    write_metrics(tmp_path / "arc")
+    write_metrics(tmp_path / "text", rates=False)
+    wide, narrow = (size(plot.plot_curves(tmp_path / name))[0] for name in ("arc", "text"))
+    assert wide > narrow
+    assert plot.plot_run(tmp_path / "text") == [tmp_path / "text" / "curves.png"]  # no predictions: no second picture
+
+
+def test_numbers_that_are_none_are_left_out(tmp_path):
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": math.inf, "lr": None},
+             {"step": 4}, {"note": "no step"}, {"step": 5, "loss": 1.0}]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps, values = plot.series(plot.read_metrics(tmp_path / "metrics.jsonl"), "loss")
+    assert steps.tolist() == [1, 5] and values.tolist() == [2, 1]
+    assert plot.plot_curves(tmp_path)
+
+
+def test_after_a_resume_the_later_line_of_a_step_counts():
+    steps, values = plot.series([{"step": s, "loss": v} for s, v in ((1, 5), (2, 4), (3, 3), (2, 40), (3, 30))], "loss")
+    assert steps.tolist() == [1, 2, 3] and values.tolist() == [5, 40, 30]
+
+
+def test_smoothing_keeps_length_level_and_middle():
+    assert plot.smooth(np.full(500, 3.0)) == pytest.approx(3.0)
+    line = np.arange(500.0)
+    assert plot.smooth(line)[50:-50] == pytest.approx(line[50:-50])  # centred: no lag
+    noise = np.random.default_rng(0).normal(size=500)
+    assert plot.smooth(noise).std() < 0.4 * noise.std() and len(plot.smooth(noise)) == 500
+
+
+def test_share_of_right_cells():
+    truth = np.array([[1, 2], [3, 4]])
+    assert plot.share_right(truth, truth) == 1
+    assert plot.share_right(np.array([[1, 2], [3, 0]]), truth) == 0.75
+    assert plot.share_right(np.array([[1, 2]]), truth) == 0.5  # what is missing is wrong
+    assert plot.share_right(np.array([[1, 2, 0], [3, 4, 0]]), truth) == pytest.approx(4 / 6)  # so is what is too much
+    assert plot.share_right(np.array([[1], [3], [5]]), truth) == pytest.approx(2 / 5)
+    assert plot.share_right(None, truth) == 0
+
+
+def test_wrong_cells_are_those_that_differ_or_lie_outside():
+    truth = np.array([[1, 2], [3, 4]])
+    assert plot.wrong_cells(np.array([[1, 0, 5], [3, 4, 6]]), truth).tolist() == [[0, 1, 1], [0, 0, 1]]
+    assert not plot.wrong_cells(truth, truth).any()
+
+
+def test_solved_ones_come_first_then_by_share():
+    items = [entry([[1, 2, 3, 4]], None, "none"), entry([[1, 2, 3, 4]], [[1, 2, 0, 0]], "half"),
+             entry([[1, 2, 3, 4]], [[1, 2, 3, 0]], "most"), entry([[1, 2, 3, 4]], [[1, 2, 3, 4]], "all")]  # fmt: skip
+    ordered = sorted(map(arrays, items), key=plot.rank)
+    assert [item["name"] for item in ordered] == ["all", "most", "half", "none"]
+    assert [plot.judge(item)[1] for item in ordered] == [plot.RIGHT] + [plot.WRONG] * 3
+    assert plot.judge(ordered[1])[0].endswith("75 % of cells right")
+
+
+def test_almost_right_is_never_called_100_percent():
+    truth = np.zeros((30, 30), dtype=int)
+    close = truth.copy()
+    close[0, 0] = 1
+    assert "99 %" in plot.judge({"prediction": close, "truth": truth})[0]
+    assert "wrong shape" in plot.judge({"prediction": close[1:], "truth": truth})[0]
+
+
+def test_at_most_eight_rows(tmp_path):
+    heights = []
+    for count in (1, 8, 9, 40):
+        write_predictions(tmp_path, [entry([[1, 2]], [[1, 2]], str(i)) for i in range(count)])
+        heights.append(size(plot.plot_predictions(tmp_path))[1])
+    assert heights[0] < heights[1] == heights[2] == heights[3]
+
+
+@pytest.mark.parametrize("demonstrations", [0, 1, 2, 5])
+def test_any_number_of_demonstrations_and_any_shape(demonstrations, tmp_path):
+    grids = [np.arange(30 * c).reshape(30, c) % 10 for c in (1, 30)] + [np.array([[5]])]
+    items = [entry(t.tolist(), p.tolist(), demonstrations=demonstrations) for t in grids for p in grids]
+    write_predictions(tmp_path, items)
+    assert size(plot.plot_predictions(tmp_path))
+
+
+def test_the_colours_are_those_of_arc(tmp_path):
+    """Every cell of a drawn grid has, in its middle, the official colour."""
+    from matplotlib.image import imread
+
+    official = "000000 0074D9 FF4136 2ECC40 FFDC00 AAAAAA F012BE FF851B 7FDBFF 870C25".split()
+    grid = [list(range(10)), [9 - c for c in range(10)]]
+    write_predictions(tmp_path, [entry(grid, grid)])
+    pixels = (imread(plot.plot_predictions(tmp_path))[..., :3] * 255).round().astype(int).reshape(-1, 3)
+    seen = {f"{r:02X}{g:02X}{b:02X}" for r, g, b in np.unique(pixels, axis=0)}
+    assert set(official) <= seen
+
+
+def test_no_predictions_no_picture(tmp_path):
+    write_metrics(tmp_path)
+    assert plot.plot_predictions(tmp_path) is None
+    write_predictions(tmp_path, [])
+    assert plot.plot_predictions(tmp_path) is None and not (tmp_path / "predictions.png").exists()
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    write_metrics(tmp_path, 30)
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(whole + b'{"step": 31, "lo\xc3')
+    assert len(plot.read_metrics(tmp_path / "metrics.jsonl")) == 30 and plot.main([str(tmp_path)]) == 0
+
+
+def refused(run: Path, capsys: pytest.CaptureFixture) -> str:
+    """The one line that plot.py says about a folder it cannot draw."""
+    assert plot.main([str(run)]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.count("\n") == 1 and str(run) in output.err
+    assert not list(run.glob("*.tmp")) and not list(run.glob(".*"))
+    return output.err
+
+
+def test_folders_without_a_run_are_refused(tmp_path, capsys):
+    assert "not a folder" in refused(tmp_path / "missing", capsys)
+    assert "no metrics.jsonl" in refused(tmp_path, capsys)
+    for nothing in ("", "\n\n", '{"step": 1, "lr": 0.1}\n', '{"step": 1, "lo'):
+        (tmp_path / "metrics.jsonl").write_text(nothing)
+        assert "nothing to draw yet" in refused(tmp_path, capsys)
+
+
+@pytest.mark.parametrize("broken", ["{", "7", "[1]", '{"step": 1 "loss": 2}', "\x00\x00"])
+def test_a_broken_line_in_the_middle_is_named(broken, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 2}}\n{broken}\n{{"step": 2, "loss": 1}}\n')
+    assert "line 2 is broken" in refused(tmp_path, capsys)
+
+
+BAD_PREDICTIONS = {
+    "not a list": {"a": 1},
+    "not an object": [3],
+    "no truth": [{k: v for k, v in entry([[1]], [[1]]).items() if k != "truth"}],
+    "ragged": [entry([[1]], [[1, 2], [3]])],
+    "colour 10": [entry([[1]], [[10]])],
+    "a fraction": [entry([[1]], [[0.5]])],
+    "text": [entry([["x"]], [[1]])],
+    "a number for a grid": [entry([[1]], 5)],
+    "a flat grid": [entry([1, 2], [[1]])],
+    "a deep grid": [entry([[[1]]], [[1]])],
+    "empty truth": [entry([], [[1]])],
+}
+
+
+@pytest.mark.parametrize("bad", BAD_PREDICTIONS)
+def test_bad_predictions_are_refused(bad, tmp_path, capsys):
+    write_metrics(tmp_path, 20)
+    write_predictions(tmp_path, BAD_PREDICTIONS[bad])
+    assert "predictions.json" in refused(tmp_path, capsys)
+
+
+def test_predictions_that_are_not_json_are_refused(tmp_path, capsys):
+    write_metrics(tmp_path, 20)
+    (tmp_path / "predictions.json").write_text('[{"task": ')
+    assert "not JSON" in refused(tmp_path, capsys)
+
+
+def test_a_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
+    write_metrics(tmp_path)
+    before = plot.plot_curves(tmp_path).read_bytes()
+
+    def full(self, path, **_):
+        Path(path).write_bytes(PNG)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plot.Figure, "savefig", full)
+    assert plot.main([str(tmp_path)]) == 2
+    assert (tmp_path / "curves.png").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["curves.png", "metrics.jsonl"]
+
+
+def test_it_stands_alone_and_leaves_settings_alone(tmp_path):
+    """No torch, no pyplot, no display, no change of the caller's matplotlib settings, whatever those are."""
+    write_metrics(tmp_path)
+    code = """
+import sys, matplotlib
+matplotlib.rcParams.update({"font.size": 31, "text.usetex": True, "axes.titlesize": 40})
+before = matplotlib.rcParams.copy()
+import plot
+plot.plot_run(sys.argv[1])
+assert matplotlib.rcParams.copy() == before
+print([name for name in ("torch", "train", "matplotlib.pyplot") if name in sys.modules])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"}
+    command = [sys.executable, "-c", code, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
+def test_as_a_script(tmp_path):
+    write_metrics(tmp_path)
+    done = subprocess.run([sys.executable, ROOT / "plot.py", tmp_path / "none"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    done = subprocess.run([sys.executable, "-W", "error", ROOT / "plot.py", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == f"wrote {tmp_path / 'curves.png'}\n", done.stderr

@@ -1,0 +1,491 @@
+"""The loop, run for a few steps on a CPU: resuming, accumulation, several processes, validation, the run folder."""
+
+import contextlib
+import itertools
+import json
+import shlex
+import signal
+import time
+
+import pytest
+import torch
+from helpers import (
+    TINY,
+    checkpoint,
+    copy_small_tasks,
+    differences,
+    make_quick,
+    metrics,
+    one_thread,  # noqa: F401
+    python,
+    random_tasks,
+    run,
+    runtime,
+    same_pairs,
+    tiny_config,
+    tiny_model,
+    write_text,
+)
+from torch import nn
+
+import train
+from train import (
+    GPT,
+    IGNORE_INDEX,
+    ArcDataLoader,
+    Optimizers,
+    Task,
+    TrainConfig,
+    accumulate,
+    answer_questions,
+    canonical_hash,
+    load_arc,
+    next_batches,
+    score_answers,
+    validation_loss,
+)
+
+
+@pytest.fixture(scope="module")
+def data(arc_dir, tmp_path_factory):
+    """Arguments that name small data of either kind."""
+    folder = tmp_path_factory.mktemp("data")
+    copy_small_tasks(arc_dir, folder / "arc")
+    write_text(folder / "text", tokens=1000)
+    arc = ["--dataset", "arc", "--data-dir", folder / "arc", "--holdout", "3", "--block-size", "600"]
+    return {"arc": arc, "fineweb": ["--dataset", "fineweb", "--data-dir", folder / "text", "--block-size", "32"]}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    make_quick(monkeypatch)
+
+
+def stop_at(monkeypatch, step):
+    """As if Ctrl-C came while step number `step` was made; None: never."""
+
+    class Flag:
+        asked = -1
+
+        @property
+        def up(self):
+            self.asked += 1
+            return self.asked == step
+
+        def restore(self):
+            pass
+
+    monkeypatch.setattr(train, "StopFlag", Flag)
+
+
+def without_clock(lines):
+    """What must not differ between two runs: all but minutes and speed."""
+    return [{k: v for k, v in line.items() if k not in ("minutes", "tokens_per_second")} for line in lines]
+
+
+def assert_equal_runs(one, other):
+    states = [checkpoint(folder) for folder in (one, other)]
+    for state in states:
+        state.pop("minutes")
+        state["config"]["train"].pop("out_dir")
+    assert not differences(*states)
+    assert without_clock(metrics(one)) == without_clock(metrics(other))
+    predictions = [
+        (folder / "predictions.json").read_text() for folder in (one, other) if (folder / "predictions.json").exists()
+    ]
+    assert len(set(predictions)) <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopped and resumed
+
+
+@pytest.mark.parametrize(
+    "kind, more",
+    [
+        ("arc", []),
+        ("arc", ["--ema", "0.5", "--dropout", "0.2", "--grad-accum-steps", "2", "--batch-size", "2"]),
+        ("fineweb", []),
+        ("fineweb", ["--ema", "0.5", "--dropout", "0.2", "--optimizer", "adamw"]),
+    ],
+    ids=["arc", "arc ema dropout accumulation", "fineweb", "fineweb ema dropout adamw"],
+)
+def test_a_stopped_run_goes_on_to_the_last_bit(kind, more, data, tmp_path, monkeypatch, quick):
+    arguments = [*TINY, *data[kind], "--max-steps", "10", "--eval-every", "4", *more]
+    stop_at(monkeypatch, None)
+    assert run(*arguments, "--out-dir", tmp_path / "whole") == 0
+    assert checkpoint(tmp_path / "whole")["step"] == 10
+    assert checkpoint(tmp_path / "whole")["loader"]["epoch"] == (1 if kind == "arc" else 0)
+    for steps in ([3], [4, 7], [7, 8]):  # 4 and 8 evaluate; an ARC epoch ends after 7
+        folder = tmp_path / f"stopped at {steps}"
+        for i, step in enumerate(steps):
+            stop_at(monkeypatch, step - (steps[i - 1] if i else 0))
+            assert run(*(arguments if i == 0 else ["--resume"]), "--out-dir", folder) == 0
+            assert checkpoint(folder)["step"] == step
+        stop_at(monkeypatch, None)
+        assert run("--resume", "--out-dir", folder) == 0
+        assert_equal_runs(folder, tmp_path / "whole")
+
+
+def test_a_crashed_run_goes_on_from_its_last_checkpoint(data, tmp_path, monkeypatch, quick):
+    arguments = [*TINY, *data["arc"], "--max-steps", "9", "--save-every", "3", "--eval-every", "2"]
+    stop_at(monkeypatch, None)
+    assert run(*arguments, "--out-dir", tmp_path / "whole") == 0
+    step, made = Optimizers.step, []
+
+    def crash(self, lr):
+        made.append(lr)
+        if len(made) > 5:
+            raise KeyboardInterrupt
+        step(self, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimizers, "step", crash)
+        with pytest.raises(KeyboardInterrupt):
+            run(*arguments, "--out-dir", tmp_path / "crashed")
+    assert checkpoint(tmp_path / "crashed")["step"] == 3 and metrics(tmp_path / "crashed")[-1]["step"] == 5
+    with open(tmp_path / "crashed" / "metrics.jsonl", "a") as log:
+        log.write('{"step": 6, "lo')  # torn
+    assert run("--resume", "--out-dir", tmp_path / "crashed") == 0
+    assert_equal_runs(tmp_path / "crashed", tmp_path / "whole")
+
+
+def test_a_resume_may_extend_the_budget_and_keeps_the_time_spent(data, tmp_path, monkeypatch, quick):
+    folder = tmp_path / "run"
+    assert run(*TINY, *data["fineweb"], "--max-steps", "2", "--out-dir", folder) == 0
+    spent = checkpoint(folder)["minutes"]
+    assert spent > 0
+    assert run("--resume", "--out-dir", folder, "--max-steps", "4") == 0
+    state = checkpoint(folder)
+    assert state["step"] == 4 == state["config"]["train"]["max_steps"] and state["minutes"] > spent
+    assert json.loads((folder / "config.json").read_text())["train"]["max_steps"] == 4
+    assert [line["step"] for line in metrics(folder) if "loss" in line] == [1, 2, 3, 4]
+    # a budget in minutes that is spent already ends at once
+    assert run("--resume", "--out-dir", folder, "--max-steps", "0", "--max-minutes", str(spent / 2)) == 0
+    assert checkpoint(folder)["step"] == 4
+
+
+def test_a_minute_budget_ends_the_run_and_drives_the_schedule(data, tmp_path, monkeypatch, quick):
+    """By a clock on which each look takes a second."""
+    clock = itertools.count()
+    monkeypatch.setattr(train.time, "monotonic", lambda: float(next(clock)))
+    arguments = [*TINY, *data["fineweb"], "--max-minutes", "0.6", "--warmup-frac", "0", "--decay-frac", "1"]
+    assert run(*arguments, "--out-dir", tmp_path / "run") == 0
+    rates = [line["lr"] for line in metrics(tmp_path / "run") if "lr" in line]
+    assert (
+        len(rates) > 5 and all(a > b for a, b in zip(rates[1:], rates[2:], strict=False)) and rates[-1] < rates[0] / 4
+    )
+    assert 0.6 <= checkpoint(tmp_path / "run")["minutes"] < 0.7
+
+
+def test_of_two_budgets_the_one_further_along_decides(data, tmp_path, monkeypatch, quick):
+    clock = itertools.count()
+    monkeypatch.setattr(train.time, "monotonic", lambda: float(next(clock)))
+    for steps, minutes, expected in ((3, 100, 3), (1000, 0.2, None)):
+        folder = tmp_path / str(steps)
+        assert run(*TINY, *data["fineweb"], "--max-steps", steps, "--max-minutes", minutes, "--out-dir", folder) == 0
+        state = checkpoint(folder)
+        assert state["step"] == expected or expected is None and 1 < state["step"] < 20 and state["minutes"] >= 0.2
+
+
+@pytest.mark.parametrize("kind", ["arc", "fineweb"])
+def test_interrupts_save_exit_cleanly_and_say_how_to_go_on(kind, data, tmp_path):
+    """The real script and real signals: Ctrl-C first, SIGTERM for the command that it prints."""
+    arguments = [train.__file__, *TINY, *data[kind], "--max-steps", "1000000", "--out-dir", "my run"]
+    log, steps = tmp_path / "my run" / "metrics.jsonl", [0]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = python(*arguments, cwd=tmp_path)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and len(log.read_text().splitlines()) > steps[-1] + 2:
+                break
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and "Traceback" not in err, err
+        last = [line for line in out.splitlines() if line][-1]
+        assert "--resume" in last and "my run" in last
+        command = shlex.split(last[last.index("python train.py") :])
+        steps.append(checkpoint(tmp_path / "my run")["step"])
+        assert len(metrics(tmp_path / "my run")) == steps[-1] > steps[-2] and str(steps[-1]) in last
+        arguments = [train.__file__, *command[2:]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Accumulation and processes
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("grid", [True, False])
+def test_eight_micro_batches_of_one_equal_one_of_eight(grid):
+    """Lengths, and so the numbers of supervised tokens, differ: a mean of means would be another gradient."""
+    tasks = random_tasks(8, pairs=(1, 4), largest=7)
+    found = []
+    for batch_size, accum in ((8, 1), (1, 8), (2, 4)):
+        model = tiny_model("MAMA", grid, vocab_size=16)
+        loader = ArcDataLoader(
+            tasks, batch_size, 4096, grad_accum_steps=accum, task_tokens={} if grid else {t.name: 0 for t in tasks}
+        )
+        batches, _ = next_batches(loader, iter(loader))
+        if not grid:
+            batches = [(x.clamp(max=15), y) for x, y in batches]
+        assert len(batches) == accum and len({int((y != IGNORE_INDEX).sum()) for x, y in batches}) == accum
+        loss = accumulate(model, batches, runtime())
+        found.append((loss, gradients(model)))
+    for loss, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-6)
+        assert (gradient - found[0][1]).norm() < 1e-6 * found[0][1].norm()
+
+
+def test_processes_exchange_gradients_on_the_last_micro_batch_only(monkeypatch):
+    """The ancestor set the flag after the forward pass, where it no longer counts."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.alone, self.forwards, self.backwards = tiny_model(vocab_size=16), False, [], []
+            next(self.model.parameters()).register_hook(lambda _: self.backwards.append(self.alone))
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            self.alone = True
+            yield
+            self.alone = False
+
+        def forward(self, x, y):
+            self.forwards.append(self.alone)
+            return self.model(x, y)
+
+    tokens = torch.randint(0, 16, (3, 2, 12), generator=torch.Generator().manual_seed(0))
+    batches = [(x, x.roll(-1, 1)) for x in tokens]
+    network, twins = Network(), runtime()
+    expected = accumulate(network, batches, twins)
+    assert network.forwards == [False] * 3
+    gradient = gradients(network)
+    network.zero_grad()
+    network.forwards, network.backwards, twins.world = [], [], 2
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda tensor, *_: tensor.mul_(2)
+    )  # the other one does the same
+    assert accumulate(network, batches, twins) == pytest.approx(expected, rel=1e-6)
+    assert network.forwards == network.backwards[-3:] == [True, True, False]
+    torch.testing.assert_close(gradients(network), gradient)
+
+
+KEEP_FIRST_GRADIENTS = """
+import sys, types, torch, train
+
+sys.modules["plot"] = types.SimpleNamespace(plot_run=lambda folder: [])
+clip, kept = torch.nn.utils.clip_grad_norm_, []
+
+def keep(parameters, *rest):
+    parameters = list(parameters)
+    if not kept:
+        kept.append(torch.cat([p.grad.flatten() for p in parameters]).clone())
+        torch.save(kept[0], sys.argv[1])
+    return clip(parameters, *rest)
+
+torch.nn.utils.clip_grad_norm_ = keep
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+def test_two_processes_equal_one(data, tmp_path):
+    """torchrun with 2 x 1 x 2 sequences a step against one process with 4; AdamW, because Muon amplifies rounding."""
+    (tmp_path / "script.py").write_text(KEEP_FIRST_GRADIENTS)
+    common = [*TINY, *data["arc"], "--max-steps", "6", "--eval-every", "3", "--save-every", "2", "--optimizer", "adamw"]
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    sizes = {"one": ["--batch-size", "4"], "two": ["--batch-size", "1", "--grad-accum-steps", "2"]}
+    for name, size in sizes.items():
+        process = python(
+            *(many if name == "two" else []), "script.py", f"{name}.pt", *common, *size, "--out-dir", name, cwd=tmp_path
+        )
+        out, err = process.communicate(timeout=180)
+        assert process.returncode == 0, err
+        assert out.count("\nsteps:") == 1, "only one process may speak"
+    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in sizes)
+    assert (one - two).norm() < 1e-6 * one.norm()
+    one, two = (metrics(tmp_path / name) for name in sizes)
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for a, b in zip(one, two, strict=True):
+        for key in a.keys() & {"loss", "val_loss"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-4)
+    states = [checkpoint(tmp_path / name) for name in sizes]
+    assert states[0]["loader"] == states[1]["loader"] and states[0]["model"].keys() == states[1]["model"].keys()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def test_validation_gives_the_same_loss_each_time():
+    """The ancestor's validation iterator was never made anew: its default run died at the third evaluation."""
+    model = tiny_model(grid=True)
+    loader = ArcDataLoader(random_tasks(10), 4, 4096, train=False)
+    first = validation_loss(model, loader, runtime())
+    assert [validation_loss(model, loader, runtime()) for _ in range(4)] == [first] * 4
+    part = validation_loss(model, loader, runtime(), batches=2)
+    assert part == validation_loss(model, loader, runtime(), batches=2) != first
+    assert validation_loss(model, loader, runtime()) == first
+    # and it is the mean over all supervised tokens, whatever the batches
+    assert validation_loss(model, ArcDataLoader(loader.tasks, 3, 4096, train=False), runtime()) == pytest.approx(
+        first, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", ["arc", "fineweb"])
+def test_a_run_outlives_epochs_and_evaluations_that_do_not_touch_it(kind, data, tmp_path, quick):
+    arguments = [*TINY, *data[kind], "--batch-size", "6", "--max-steps", "16", "--dropout", "0.1"]
+    assert run(*arguments, "--eval-every", "2", "--save-every", "3", "--out-dir", tmp_path / "often") == 0
+    assert run(*arguments, "--out-dir", tmp_path / "once") == 0
+    often, once = (metrics(tmp_path / name) for name in ("often", "once"))
+    assert [line["step"] for line in often if "val_loss" in line] == list(range(2, 17, 2))
+    assert [line["step"] for line in once if "val_loss" in line] == [16]
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (often, once)]
+    assert losses[0] == losses[1] and len(losses[0]) == 16 and often[-2]["epoch"] >= 2
+    assert not differences(*(checkpoint(tmp_path / name)["model"] for name in ("often", "once")))
+
+
+def test_without_learning_each_evaluation_says_the_same(data, tmp_path, quick):
+    folder = tmp_path / "run"
+    assert run(*TINY, *data["arc"], "--max-steps", "12", "--eval-every", "3", "--max-lr", "0", "--out-dir", folder) == 0
+    found = [(line["val_loss"], line["cell_accuracy"]) for line in metrics(folder) if "val_loss" in line]
+    assert len(found) == 4 and len(set(found)) == 1
+
+
+def test_scores_count_exact_grids_shapes_and_cells():
+    a, b, c = (torch.full(shape, 3).numpy() for shape in ((2, 2), (1, 4), (4, 2)))
+    wrong = a.copy()
+    wrong[0, 1] = 4
+    found = score_answers([a, None, wrong, b], [a, b, a, c])
+    assert found == {"solve_rate": 0.25, "shape_accuracy": 0.5, "cell_accuracy": 7 / 20}
+
+
+def test_learns_eight_official_tasks_by_heart(arc_dir, tmp_path):
+    """Every pair of eight tasks in the answer's place, answered exactly after a few hundred steps without views."""
+    small = load_arc(copy_small_tasks(arc_dir, tmp_path, training=8), 0, 30, "training").tasks
+    assert len(small) == 8
+    shown = [Task(t.name, t.pairs[i:] + t.pairs[:i]) for t in small for i in range(len(t.pairs))]
+    loader = ArcDataLoader(shown, len(shown), 4096, train=False)
+    ((x, y),) = list(loader)
+    torch.manual_seed(0)
+    model = GPT(tiny_config("MA", grid=True, d_model=64, headdim=16, d_state=16, d_ff=128, chunk_size=32))
+    optimizers = Optimizers(model, TrainConfig(max_lr=1e-2))
+    questions = [Task(t.name, [*t.pairs[:-1], (t.pairs[-1][0], None)]) for t in shown]
+    answers = [t.pairs[-1][1] for t in shown]
+    for step in range(300):
+        loss = model(x, y)[1]
+        model.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step(1e-2 * min(1.0, (300 - step) / 150))
+        if loss < 0.003:
+            break
+    predicted = answer_questions(model.eval(), questions, {}, runtime(), 16, 4096, 30)
+    assert score_answers(predicted, answers)["solve_rate"] == 1.0, f"loss {loss.item():.4f} after {step + 1} steps"
+    assert all(p is not None and same_pairs([(p, a)], [(a, a)]) for p, a in zip(predicted, answers, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder
+
+
+def test_run_folder_of_an_arc_run(data, arc_dir, tmp_path, capsys):
+    folder = tmp_path / "run"
+    arguments = [*TINY, *data["arc"], "--max-steps", "4", "--eval-every", "2", "--save-every", "2", "--ema", "0.2"]
+    assert run(*arguments, "--out-dir", folder) == 0
+    out = capsys.readouterr().out
+    names = "checkpoint.pt config.json curves.png metrics.jsonl predictions.json predictions.png supervised_pairs.json"
+    assert sorted(f.name for f in folder.iterdir()) == names.split()
+    for name in ("curves.png", "predictions.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG") and str(folder / name) in out
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model"]["d_model"] == 32 and config["model"]["pattern"] == "MA" and config["train"]["max_steps"] == 4
+    train.ModelConfig(**config["model"]), TrainConfig(**config["train"])
+    arc = load_arc(data["arc"][3], 3, config["train"]["max_grid"], "both")
+    assert config["tasks"] == [t.name for t in arc.tasks] and config["model"]["n_tasks"] == len(arc.tasks)
+    pairs = json.loads((folder / "supervised_pairs.json").read_text())
+    assert set(pairs) == {canonical_hash(p) for t in arc.tasks for p in t.pairs}
+
+    lines = metrics(folder)
+    assert [(line["step"], "val_loss" in line) for line in lines] == [
+        (1, False),
+        (2, False),
+        (2, True),
+        (3, False),
+        (4, False),
+        (4, True),
+    ]
+    steps, evaluations = ([line for line in lines if key in line] for key in ("loss", "val_loss"))
+    assert all(
+        line.keys() >= {"step", "loss", "lr", "grad_norm", "tokens_per_second", "padding", "epoch", "minutes"}
+        for line in steps
+    )
+    assert all(
+        line.keys() >= {"step", "val_loss", "solve_rate", "shape_accuracy", "cell_accuracy"} for line in evaluations
+    )
+
+    state = checkpoint(folder)  # read with weights_only=True
+    assert state.keys() >= {"model", "optimizer", "ema", "step", "minutes", "rng", "loader", "config"}
+    assert state["step"] == 4 and state["ema"] is not None and state["config"]["model"] == config["model"]
+    GPT(train.ModelConfig(**state["config"]["model"])).load_state_dict(state["model"])
+    assert all(t.dtype == torch.float32 for t in state["model"].values())
+
+    shown = json.loads((folder / "predictions.json").read_text())
+    assert [(s["task"], s["truth"]) for s in shown] == [
+        (q.name, a.tolist()) for q, a in zip(arc.questions, arc.answers, strict=True)
+    ]
+    for s, q in zip(shown, arc.questions, strict=True):
+        assert s.keys() == {"task", "test", "demonstrations", "input", "prediction", "truth"}
+        assert s["input"] == q.pairs[-1][0].tolist() and len(s["demonstrations"]) == len(q.pairs) - 1
+
+    summary = dict(line.split(":", 1) for line in out.split("\n---\n")[1].splitlines())
+    assert summary.keys() >= {"steps", "minutes", "val_loss", "solve_rate", "unigram_loss", "solved", "picture"}
+    assert float(summary["val_loss"]) == pytest.approx(evaluations[-1]["val_loss"], abs=1e-4)
+    assert "--demonstrations both" in out and "--out-dir" not in out and str(folder) in out
+
+
+def test_run_folder_of_a_text_run(data, tmp_path, capsys, quick):
+    folder = tmp_path / "deep" / "run"
+    assert run(*TINY, *data["fineweb"], "--max-steps", "30", "--eval-every", "10", "--out-dir", folder) == 0
+    assert sorted(f.name for f in folder.iterdir() if f.suffix != ".png") >= [
+        "checkpoint.pt",
+        "config.json",
+        "metrics.jsonl",
+    ]
+    assert not (folder / "predictions.json").exists()
+    losses = [line["val_loss"] for line in metrics(folder) if "val_loss" in line]
+    assert len(losses) == 3 and losses[2] < losses[0] - 1, "text is not learned"
+    assert "unigram_loss:" in capsys.readouterr().out
+
+
+def test_runs_without_a_name_take_the_first_free_one(data, tmp_path, monkeypatch, capsys, quick):
+    monkeypatch.chdir(tmp_path)
+    for expected in ("runs/arc", "runs/arc-2", "runs/arc-3"):
+        assert run(*TINY, *data["arc"], "--max-steps", "1", "--holdout", "0") == 0
+        assert (tmp_path / expected / "checkpoint.pt").exists() and expected + "\n" in capsys.readouterr().out
+    assert run(*TINY, *data["fineweb"], "--max-steps", "1") == 0
+    assert (tmp_path / "runs/fineweb/checkpoint.pt").exists()
+
+
+def test_average_is_what_is_evaluated(data, tmp_path, quick):
+    """With the average over the whole run, evaluation lags behind the last weights, and the weights are unaffected."""
+    arguments = [*TINY, *data["fineweb"], "--max-steps", "20"]
+    assert run(*arguments, "--out-dir", tmp_path / "plain") == 0
+    assert run(*arguments, "--ema", "1", "--out-dir", tmp_path / "average") == 0
+    plain, average = (checkpoint(tmp_path / name) for name in ("plain", "average"))
+    assert not differences(plain["model"], average["model"]) and plain["ema"] is None
+    assert int(average["ema"]["n_averaged"]) == 20
+    plain, average = (metrics(tmp_path / name)[-1]["val_loss"] for name in ("plain", "average"))
+    assert average > plain
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_advice(data, tmp_path, monkeypatch, capsys, quick):
+    stop_at(monkeypatch, None)
+    monkeypatch.setattr(train, "accumulate", lambda *_: float("nan"))
+    assert run(*TINY, *data["fineweb"], "--max-steps", "3", "--out-dir", tmp_path / "run") == 2
+    assert "--max-lr" in capsys.readouterr().err
