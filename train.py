@@ -1778,7 +1778,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
     log = open_run(folder, model_cfg, cfg, data, step) if runtime.main else None
 
     iterator, began, found, saved = iter(data.train), time.monotonic(), {}, step if state else None
-    bar = tqdm(total=1.0, disable=not runtime.main, mininterval=1 if sys.stderr.isatty() else 30,
+    bar = tqdm(total=1.0, disable=not runtime.main, miniters=0, mininterval=1 if sys.stderr.isatty() else 30,
                bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}")
     with bar, StopFlag() as stop:
         while True:
@@ -1813,7 +1813,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
             loss = accumulate(network, batches, runtime)
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
             if not math.isfinite(loss + norm):
-                raise DataError(f"step {step}: the loss is {loss}, the gradient norm {norm}; {folder} holds the last good "
+                raise DataError(f"step {step}: the loss is {loss}, the gradient norm {norm}; {folder} holds a good "
                                 "checkpoint, but it is better to start again with a lower --max-lr")
             lr = cfg.max_lr * schedule(progress, cfg.warmup_frac, cfg.decay_frac)
             optimizers.step(lr)
@@ -1826,9 +1826,9 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
                 speed = (tokens - padding) * runtime.world / (time.monotonic() - start)
                 log.write(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=speed,
                           padding=padding / tokens, epoch=data.train.epoch, minutes=minutes)
-                bar.n = min(progress, 1.0)
                 bar.set_postfix_str(f"step {step}, loss {loss:.3f}, {speed:,.0f} tokens/s, "
-                                    f"padding {data.train.padding / data.train.tokens:.0%}")
+                                    f"padding {data.train.padding / data.train.tokens:.0%}", refresh=False)
+                bar.update(progress - bar.n)
     if runtime.main and stopping:
         again = f"python train.py --out-dir {shlex.quote(str(folder))} --resume"
         print(f"stopped at step {step} and saved; to go on: {again}")
