@@ -9,9 +9,9 @@ tokens (B, T)
    |  embedding (+ where in which grid, + the input cells around the cell to predict: ARC)
    |
    +--> RMSNorm --> Mamba-2 or attention --+     one block for every letter of --pattern: M or A
-   |<------------------------------------- +
+   |<--------------------------------------+
    +--> RMSNorm --> SwiGLU ----------------+
-   |<------------------------------------- +
+   |<--------------------------------------+
    |
 RMSNorm --> head --> logits (B, T, V)
 
@@ -87,7 +87,7 @@ class ModelConfig:
     grid: bool = False  # ARC: positions and neighbourhoods recovered from the grid tokens
     n_tasks: int = 0  # ARC: tasks with a token of their own
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         """Everything that is wrong with these sizes, in the words of the flags; empty when the model can be built."""
         found = []
         for name in ("vocab_size", "block_size", "d_model", "n_head", "d_state", "headdim", "d_ff", "chunk_size"):
@@ -203,7 +203,9 @@ class Attention(nn.Module):
 
 
 class CausalConv(torch.autograd.Function):
-    """silu(bias + sum over k of weight[:, k] * x[t - K + 1 + k]) as shifted multiply-adds, which no CPU library beats.
+    """silu(bias + sum over k of weight[:, k] * x[t - K + 1 + k]) as shifted multiply-adds.
+
+    On a CPU the backward of a depthwise `conv1d` takes fifty times as long (bench/LOG.md).
 
     x (B, T, D), weight (D, K), bias (D,), seq_idx (B, T) or None: taps do not reach into another sequence.
     """
@@ -575,7 +577,7 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        if found := cfg.problems():
+        if found := cfg.validate():
             raise ValueError("; ".join(found))
         self.config = cfg
         self.embed = nn.Embedding(UNKNOWN_TASK + 1 + cfg.n_tasks if cfg.grid else cfg.vocab_size, cfg.d_model)
@@ -1097,7 +1099,7 @@ class TrainConfig:
     save_every: int = option(100, "steps between checkpoints; 0: only at the end")
     out_dir: str = option("", "run folder (default: the first free of runs/arc, runs/arc-2, …)")
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         """Everything that is wrong with these settings, in the words of the flags."""
         found = []
         for f in dataclasses.fields(self):
@@ -1119,7 +1121,8 @@ class TrainConfig:
 
 
 _ARC = dict(vocab_size=ARC_VOCAB, grid=True, tie_embeddings=False, block_size=4096)
-_NANO = dict(d_model=128, n_head=4, d_state=32, headdim=32, d_ff=344, chunk_size=32, max_minutes=8.0, max_lr=5e-3)
+_NANO = dict(d_model=128, n_head=4, d_state=32, headdim=32, d_ff=344, chunk_size=32, max_minutes=8.0, max_lr=5e-3,
+             eval_every=200, save_every=200)
 _LONG = dict(eval_every=500, save_every=500)
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "arc": {
@@ -1151,7 +1154,7 @@ def make_config(given: dict[str, Any], has_gpu: bool) -> tuple[ModelConfig, Trai
             setattr(model_cfg if hasattr(model_cfg, name) else cfg, name, value)
     if given.get("max_steps") and "max_minutes" not in given:
         cfg.max_minutes = 0.0  # a step budget asked for is not cut short by the preset's minutes
-    if found := model_cfg.problems() + cfg.problems():
+    if found := model_cfg.validate() + cfg.validate():
         raise ConfigError("\n".join(found))
     return model_cfg, cfg
 
@@ -1889,7 +1892,7 @@ def resume_config(given: dict[str, Any]) -> tuple[ModelConfig, TrainConfig, Path
             setattr(cfg, name, value)
         elif name != "out_dir" and value != recorded:
             found.append(f"{flag(name)} {value} cannot change on a resume; the run was started with {recorded}")
-    if found := found + model_cfg.problems() + cfg.problems():
+    if found := found + model_cfg.validate() + cfg.validate():
         raise ConfigError("\n".join(found))
     return model_cfg, cfg, folder
 
@@ -1908,6 +1911,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         for line in str(error).splitlines():
             print(f"train.py: {line}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        remedy = "lower --batch-size, --block-size or --d-model"
+        print(f"train.py: out of memory ({reason(error)}); {remedy}", file=sys.stderr)
         return 2
     return 0
 
