@@ -19,8 +19,8 @@ RUN apt-get update \
 # the constraint, replaces its torch.
 ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python3 -m venv --system-site-packages --without-pip /opt/venv \
-    && python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > /opt/venv/constraints.txt
-ENV PIP_CONSTRAINT=/opt/venv/constraints.txt
+    && python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > /opt/torch.txt
+ENV PIP_CONSTRAINT=/opt/torch.txt
 
 WORKDIR /workspace
 COPY requirements.txt requirements-dev.txt ./

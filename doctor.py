@@ -238,8 +238,8 @@ def main(argv=None):
     argparse.ArgumentParser(prog="doctor.py", description="What is installed here, and what mends the rest. "
                             "Exit code 0 when training can run.").parse_args(argv)
     if sys.version_info < (3, 10):  # noqa: UP036
-        print("Python is " + platform.python_version() + "; train.py needs 3.10 or newer: install Python 3.12 and make a "
-              "new environment with it")
+        print("Python is " + platform.python_version() + "; train.py needs 3.10 or newer: install Python 3.12 and make "
+              "a new environment with it")
         return 1
     sys.path.insert(0, str(HERE))
     report = Report()

@@ -885,6 +885,14 @@ class Loader:
         """The effective batches of this epoch, each a sequence of row numbers."""
         raise NotImplementedError
 
+    def fingerprint(self) -> str:
+        """A name for the data behind the rows: other data, other name."""
+        return hashlib.sha256(repr(self.contents()).encode()).hexdigest()[:16]
+
+    def contents(self) -> Any:
+        """What `fingerprint` names."""
+        raise NotImplementedError
+
     def cut(self, rows: Any) -> list:
         """Rows in effective batches, the last one perhaps shorter."""
         return [rows[i : i + self.effective] for i in range(0, len(rows), self.effective)]
@@ -897,12 +905,15 @@ class Loader:
         """Random numbers that depend on seed, epoch and key alone; key 0 is for the order, 1 + row for a row."""
         return np.random.default_rng([self.seed, self.epoch, key])
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, in rows, so that a run may go on with another micro-batch or number of ranks."""
-        return {"epoch": self.epoch, "rows": self.position * self.batch_size * self.world, "effective": self.effective}
+        rows = self.position * self.batch_size * self.world
+        return {"epoch": self.epoch, "rows": rows, "effective": self.effective, "data": self.fingerprint()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from `state_dict()`; ValueError where the effective batch is another."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`; ValueError where the data or the effective batch are others."""
+        if state["data"] != self.fingerprint():
+            raise ValueError("the tasks or shards are not those it was started with")
         if state["effective"] != self.effective:
             raise ValueError(f"the run's effective batch is {state['effective']} sequences, not {self.effective}")
         self.epoch, self.position = state["epoch"], state["rows"] // (self.batch_size * self.world)
@@ -971,6 +982,9 @@ class ArcDataLoader(Loader):
             near = sorted(rows[i : i + self.window * self.effective], key=lambda row: self.plans[row][-1])
             found += self.cut(near)
         return [found[i] for i in rng.permutation(len(found))]
+
+    def contents(self) -> list:
+        return [(t.name, [[g.shape for g in pair] for pair in t.pairs]) for t in self.tasks]
 
     def sequence(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """x and y of one task as planned, unpadded."""
@@ -1044,6 +1058,9 @@ class FineWebLoader(Loader):
         rng = self.rng()
         order = np.concatenate([first[s] + rng.permutation(self.windows[s]) for s in rng.permutation(len(self.shards))])
         return order[: len(order) // self.effective * self.effective].reshape(-1, self.effective)
+
+    def contents(self) -> list:
+        return [(f.name, len(s)) for f, s in zip(self.files, self.shards, strict=True)]
 
     def collate(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         ends = np.cumsum(self.windows)
@@ -1727,18 +1744,25 @@ def restore(state: dict, model: GPT, optimizers: Optimizers, ema: Any, loader: L
         if torch.cuda.is_initialized() and state["rng"]["cuda"]:
             torch.cuda.set_rng_state_all(state["rng"]["cuda"])
         return int(state["step"]), float(state["minutes"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise DataError(f"checkpoint.pt does not fit the settings in config.json ({reason(error)})") from None
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"checkpoint.pt does not fit the run's settings and data ({reason(error)})") from None
 
 
-def open_run(folder: Path, model_cfg: ModelConfig, cfg: TrainConfig, data: Data, step: int) -> MetricsLog:
+def spent(cfg: TrainConfig, step: int, minutes: float) -> float:
+    """Share of the run that is over, 0 to 1 and beyond: of its steps or its minutes, whichever is further along."""
+    return max(step / (cfg.max_steps or math.inf), minutes / (cfg.max_minutes or math.inf))
+
+
+def open_run(folder: Path, model_cfg: ModelConfig, cfg: TrainConfig, data: Data, step: int,
+             minutes: float) -> MetricsLog:
     """The run's folder with its settings, ready for metrics after `step`; ConfigError where it cannot be made."""
     config = {"model": dataclasses.asdict(model_cfg), "train": dataclasses.asdict(cfg), "tasks": data.tasks}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", config)
         write_json(folder / "supervised_pairs.json", data.pairs)
-        return MetricsLog(folder / "metrics.jsonl", step, redo=bool(cfg.eval_every) and step % cfg.eval_every == 0)
+        evaluates = spent(cfg, step, minutes) >= 1 or (cfg.eval_every and step % cfg.eval_every == 0)
+        return MetricsLog(folder / "metrics.jsonl", step, redo=bool(evaluates))
     except OSError as error:
         raise ConfigError(f"--out-dir {folder}: cannot be written ({reason(error)})") from None
 
@@ -1773,21 +1797,21 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
         if isinstance(module, Mamba2):
             module.scan = runtime.scan
     optimizers, ema = Optimizers(model, cfg), make_ema(model, cfg.ema)
-    step, spent = restore(state, model, optimizers, ema, data.train) if state else (0, 0.0)
+    step, before = restore(state, model, optimizers, ema, data.train) if state else (0, 0.0)
     network, averaged = wrap(model, cfg, runtime), ema.module if ema else model
     size = sum(p.numel() for p in model.parameters())
     runtime.say(f"model       {size:,} parameters, {model_cfg.pattern}; effective batch {data.train.effective} x up to "
                 f"{model_cfg.block_size} tokens; {cfg.optimizer} at {cfg.max_lr:g}")
-    log = open_run(folder, model_cfg, cfg, data, step) if runtime.main else None
+    log = open_run(folder, model_cfg, cfg, data, step, before) if runtime.main else None
 
     iterator, began, found, saved = iter(data.train), time.monotonic(), {}, step if state else None
     bar = tqdm(total=1.0, disable=not runtime.main, miniters=0, mininterval=1 if sys.stderr.isatty() else 30,
                bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}")
     with bar, StopFlag() as stop:
         while True:
-            minutes = spent + (time.monotonic() - began) / 60
+            minutes = before + (time.monotonic() - began) / 60
             minutes, stopping = runtime.agree(minutes, stop.up)
-            progress = max(step / (cfg.max_steps or math.inf), minutes / (cfg.max_minutes or math.inf))
+            progress = spent(cfg, step, minutes)
             done = progress >= 1
 
             # once in a while save

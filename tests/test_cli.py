@@ -418,7 +418,7 @@ def test_foreign_checkpoints_are_refused_and_never_run(finished, tmp_path, refus
         "a tensor": lambda: torch.save(torch.zeros(3), path),
         "a module": lambda: torch.save(torch.nn.Linear(2, 2), path),
         "code": lambda: torch.save(ours | {"step": Harmful(tmp_path / "harm")}, path),
-        "bare code": lambda: path.write_bytes(pickle.dumps(Harmful(tmp_path / "harm"))),
+        "bare code": lambda: path.write_bytes(pickle.dumps(Harmful(tmp_path / "harm"), protocol=2)),
         "other sizes": lambda: torch.save(ours | {"model": {k: v[:1] for k, v in ours["model"].items()}}, path),
         "other names": lambda: torch.save(ours | {"model": {f"x.{k}": v for k, v in ours["model"].items()}}, path),
         "no optimizer state": lambda: torch.save(ours | {"optimizer": []}, path),

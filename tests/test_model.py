@@ -283,7 +283,7 @@ def test_tied_embeddings_are_one_tensor_and_untied_ones_two():
 )
 def test_impossible_sizes_are_all_named(change, flags):
     cfg = tiny_config(**change)
-    found = cfg.problems()
+    found = cfg.validate()
     assert len(found) == len(flags) and all(sum(f in line for line in found) >= 1 for f in flags), found
     assert not any("\n" in line for line in found)
     with pytest.raises(ValueError) as caught:
@@ -292,10 +292,10 @@ def test_impossible_sizes_are_all_named(change, flags):
 
 
 def test_possible_sizes_are_no_problem():
-    assert ModelConfig().problems() == []
-    assert all(tiny_config(pattern, grid).problems() == [] for pattern, grid in KINDS)
-    assert tiny_config("MMMM", n_head=3).problems() == []  # no attention, no heads to divide
-    assert tiny_config("AAAA", headdim=24).problems() == []
+    assert ModelConfig().validate() == []
+    assert all(tiny_config(pattern, grid).validate() == [] for pattern, grid in KINDS)
+    assert tiny_config("MMMM", n_head=3).validate() == []  # no attention, no heads to divide
+    assert tiny_config("AAAA", headdim=24).validate() == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
