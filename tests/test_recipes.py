@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import types
 
 import pytest
 import torch
@@ -115,11 +117,11 @@ def test_workflow():
 @pytest.fixture
 def fresh_mamba(monkeypatch):
     """Whatever mamba_ssm this process has imported is forgotten, for the length of a test."""
-    for name in [name for name in train.sys.modules if name.split(".")[0] == "mamba_ssm"]:
-        monkeypatch.delitem(train.sys.modules, name)
+    for name in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"]:
+        monkeypatch.delitem(sys.modules, name)
     yield monkeypatch
-    for name in [name for name in train.sys.modules if name.split(".")[0] == "mamba_ssm"]:
-        del train.sys.modules[name]
+    for name in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"]:
+        del sys.modules[name]
 
 
 def test_without_mamba_ssm(fresh_mamba):
@@ -200,3 +202,28 @@ def test_text_is_read_and_written_as_utf8():
         for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if call := calls.search(line):
                 assert re.search(r'utf-8|"[rwa]b"', call[2]), f"{path.name}:{i} names no encoding: {line.strip()}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights & Biases, never needed
+
+
+def test_wandb_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(train.ConfigError, match="--wandb: .*pip install wandb") as refused:
+        train.open_wandb(tmp_path / "run", {})
+    assert len(str(refused.value).splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_wandb_gets_every_line_and_a_resume_keeps_its_run(tmp_path, monkeypatch):
+    asked, lines = [], []
+    run = types.SimpleNamespace(log=lines.append, finish=lambda: lines.append("end"), define_metric=lambda *a, **b: a)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: asked.append(k) or run))
+    for step in (0, 1):
+        mirror = train.open_wandb(tmp_path, {"a": 1})
+        log = train.MetricsLog(tmp_path / "metrics.jsonl", step, redo=False, mirror=mirror)
+        log.write(step=step + 1, loss=2.0)
+        log.close()
+    assert lines == [{"step": 1, "loss": 2.0}, "end", {"step": 2, "loss": 2.0}, "end"]
+    assert metrics(tmp_path) == lines[::2]
+    assert asked[0]["id"] == asked[1]["id"] and asked[0]["config"] == {"a": 1}

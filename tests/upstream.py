@@ -13,6 +13,7 @@ Where it cannot be had, tests skip with the reason, or fail with it if CI=true o
 """
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -95,7 +96,10 @@ def missing(names) -> None:
 
 
 def package_folder() -> Path:
-    """The folder that holds upstream's `mamba_ssm`, built on first use; two processes may ask at once."""
+    """The folder that holds upstream's `mamba_ssm`: installed, or built on first use; two processes may ask at once."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        if importlib.metadata.version("mamba-ssm") == VERSION:
+            return Path(importlib.util.find_spec("mamba_ssm").submodule_search_locations[0]).parent
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mamba-ssm-pure-python")
     folder = cache / VERSION
     if (folder / "mamba_ssm").is_dir():
