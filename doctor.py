@@ -152,7 +152,8 @@ def look_at_torch(report):
         report.problem("there is an NVIDIA GPU, but torch cannot use it",
                        "update the NVIDIA driver, or install a torch built for an older CUDA (pytorch.org/get-started)")
     elif torch.version.cuda and os.path.exists("/.dockerenv"):
-        report.problem("no GPU in this container", "docker run --gpus all ..., with the NVIDIA Container Toolkit")
+        report.problem("no GPU in this container; if the machine has one:",
+                       "docker run --gpus all ..., with the NVIDIA Container Toolkit")
     return torch
 
 

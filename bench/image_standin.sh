@@ -14,8 +14,9 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 work=$(realpath -m "${1:-$(mktemp -d)}")
 python=${PYTHON:-python3} torch=${TORCH:-torch>=2.9,<2.14}
 mkdir -p "$work/wheels"
-export BUILDAH_ISOLATION=chroot STORAGE_DRIVER=vfs TMPDIR="$work"
+export BUILDAH_ISOLATION=chroot TMPDIR="$work"
 store() { buildah --root "$work/store" --runroot "$work/run" "$@"; }
+trap 'store rm --all >/dev/null 2>&1 || true' EXIT  # of this folder's store only
 say() { echo "standin: $SECONDS s: $*"; }
 fail() { say "FAILED: $*" >&2; exit 1; }
 "$python" -c 'import sys, torch; sys.exit(sys.version_info[:2] != (3, 11))' || fail "PYTHON must be a 3.11 with torch"
