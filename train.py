@@ -469,9 +469,8 @@ class Block(nn.Module):
         if letter == "A":
             self.mixer = Attention(cfg)
         else:
-            self.mixer = Mamba2(
-                cfg.d_model, cfg.d_state, cfg.d_conv, cfg.expand, cfg.headdim, cfg.ngroups, cfg.chunk_size, cfg.norm_eps
-            )
+            self.mixer = Mamba2(cfg.d_model, cfg.d_state, cfg.d_conv, cfg.expand, cfg.headdim, cfg.ngroups,
+                                cfg.chunk_size, cfg.norm_eps)
         self.norm2 = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.mlp = SwiGLU(cfg.d_model, cfg.d_ff)
         self.dropout = nn.Dropout(cfg.dropout)
@@ -623,15 +622,8 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
 
     @torch.no_grad()
-    def generate(
-        self,
-        tokens: Tensor,
-        lengths: Tensor | None = None,
-        max_new_tokens: int = 128,
-        stop: int | None = None,
-        temperature: float = 0.0,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def generate(self, tokens: Tensor, lengths: Tensor | None = None, max_new_tokens: int = 128, stop: int = -1,
+                 temperature: float = 0.0, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Continue prompts (B, T), padded on the right to `lengths` (B,), one token at a time from carried states.
 
         Greedy at temperature 0, sampled otherwise. A row that has said `stop` repeats it until all have. Returns the
@@ -648,17 +640,14 @@ class GPT(nn.Module):
                 token = torch.multinomial((logp / temperature).softmax(-1), 1, generator=generator)[:, 0]
             else:
                 token = logp.argmax(-1)
-            if stop is not None:
-                token = token.masked_fill(done, stop)
+            token = token.masked_fill(done, stop)
             total += logp.gather(1, token[:, None])[:, 0].masked_fill(done, 0)
             new.append(token)
-            if stop is not None:
-                done |= token == stop
-                if done.all():
-                    break
-            if i + 1 < max_new_tokens:
-                cache.append(token)
-                hidden = self.hidden(token[:, None], cache)[:, 0]
+            done |= token == stop
+            if i + 1 == max_new_tokens or (stop >= 0 and done.all()):
+                break
+            cache.append(token)
+            hidden = self.hidden(token[:, None], cache)[:, 0]
         return torch.stack(new, dim=1), total
 
 
