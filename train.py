@@ -40,6 +40,7 @@ import time
 import types
 from collections import defaultdict
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +70,7 @@ class ModelConfig:
     """Sizes of the model. The defaults make a plain text model; `grid` turns on what only ARC has."""
 
     vocab_size: int = 50304
-    block_size: int = option(1024, "longest sequence, in tokens (4096 for arc, 1024 for fineweb)")
+    block_size: int = option(1024, "longest sequence, in tokens (4096 for arc; 1024 for its nano and for fineweb)")
     d_model: int = option(768, "width of the residual stream, in channels")
     pattern: str = option("MMAMMMAMMMAM", "one letter a layer: M for Mamba-2, A for attention")
     n_head: int = option(12, "attention heads")
@@ -845,13 +846,22 @@ def load_arc(folder: Path, holdout: int, max_grid: int, demonstrations: str) -> 
     return ArcData(tasks, questions, answers, found - trained)
 
 
+def digest(parts: Any) -> str:
+    """Sixteen hexadecimal digits for some bytes."""
+    return hashlib.sha256(b"|".join(parts)).hexdigest()[:16]
+
+
 class Loader:
     """Batches in an order that is a function of (seed, epoch), over effective batches.
 
     An effective batch is batch_size x grad_accum_steps x world_size rows; ranks and micro-batches are slices of it,
     so that neither their number nor their size changes what an optimizer step sees. `iter()` goes on where the loader
-    stands and ends with the epoch; the next `iter()` starts the next one.
+    stands and ends with the epoch; the next `iter()` starts the next one. A subclass has `batches()`, the effective
+    batches of the epoch as sequences of row numbers, `collate(rows)`, which makes (x, y) of some, both (B, T) int64,
+    and `fingerprint`, a name for its data: other data, other name.
     """
+
+    fingerprint = ""
 
     def __init__(self, batch_size: int, seed: int = 0, grad_accum_steps: int = 1, rank: int = 0, world_size: int = 1):
         self.batch_size, self.seed, self.accum = batch_size, seed, grad_accum_steps
@@ -859,6 +869,7 @@ class Loader:
         self.effective = batch_size * grad_accum_steps * world_size
         self.epoch = self.position = 0  # position counts this rank's micro-batches
         self.tokens = self.padding = 0  # positions yielded so far, and how many of them were padding
+        self.dropped = 0  # demonstrations left out
 
     def __iter__(self):
         batches = self.batches()
@@ -870,25 +881,9 @@ class Loader:
             yield self.collate(rows)
         self.epoch, self.position = self.epoch + 1, 0
 
-    def batches(self) -> list | np.ndarray:
-        """The effective batches of this epoch, each a sequence of row numbers."""
-        raise NotImplementedError
-
-    def fingerprint(self) -> str:
-        """A name for the data behind the rows: other data, other name."""
-        return hashlib.sha256(repr(self.contents()).encode()).hexdigest()[:16]
-
-    def contents(self) -> Any:
-        """What `fingerprint` names."""
-        raise NotImplementedError
-
     def cut(self, rows: Any) -> list:
         """Rows in effective batches, the last one perhaps shorter."""
         return [rows[i : i + self.effective] for i in range(0, len(rows), self.effective)]
-
-    def collate(self, rows: Any) -> tuple[Tensor, Tensor]:
-        """(x, y), both (B, T) int64, of some rows."""
-        raise NotImplementedError
 
     def rng(self, key: int = 0) -> np.random.Generator:
         """Random numbers that depend on seed, epoch and key alone; key 0 is for the order, 1 + row for a row."""
@@ -897,11 +892,11 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, in rows, so that a run may go on with another micro-batch or number of ranks."""
         rows = self.position * self.batch_size * self.world
-        return {"epoch": self.epoch, "rows": rows, "effective": self.effective, "data": self.fingerprint()}
+        return {"epoch": self.epoch, "rows": rows, "effective": self.effective, "data": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`; ValueError where the data or the effective batch are others."""
-        if state["data"] != self.fingerprint():
+        if state["data"] != self.fingerprint:
             raise ValueError("the tasks or shards are not those it was started with")
         if state["effective"] != self.effective:
             raise ValueError(f"the run's effective batch is {state['effective']} sequences, not {self.effective}")
@@ -914,10 +909,10 @@ class ArcDataLoader(Loader):
     Yields x, the flattened sequence, and y, the next token where it is supervised and IGNORE_INDEX elsewhere; rows are
     padded on the right, to the longest of the batch, with 0 in x and IGNORE_INDEX in y.
 
-    Training: one sequence a task and epoch, all its pairs in random order, every output supervised, under one of the
-    8 symmetries and one permutation of the colours. Rows of similar length share a batch: windows of `window`
-    effective batches are sorted by length, and the batches shuffled afterwards. Evaluation (train=False): tasks as
-    they stand, in order, only the last output supervised.
+    Training: a sequence a task and epoch (those that do not fill a last effective batch wait for the next epoch), all
+    its pairs in random order, every output supervised, under one of the 8 symmetries and one permutation of colours.
+    Rows of similar length share a batch: windows of `window` effective batches are sorted by length, and the batches
+    shuffled afterwards. Evaluation (train=False): tasks as they stand, in order, only the last output supervised.
 
     What is longer than block_size loses whole demonstrations (`dropped` counts them), never part of a grid; a task
     of which not even one pair fits is left out (`too_long` names it).
@@ -934,7 +929,7 @@ class ArcDataLoader(Loader):
         fits = [min(max(pair_length(p, turned) for turned in turns) for p in pairs) <= block_size for pairs in must]
         self.tasks = [t for t, fit in zip(tasks, fits, strict=True) if fit]
         self.too_long = [t.name for t, fit in zip(tasks, fits, strict=True) if not fit]
-        self.dropped = 0
+        self.fingerprint = digest(t.name.encode() + g.tobytes() for t in self.tasks for p in t.pairs for g in p)
         if not self.tasks:
             raise DataError(f"no task fits --block-size {block_size}; raise it, or lower --max-grid")
 
@@ -971,9 +966,6 @@ class ArcDataLoader(Loader):
             near = sorted(rows[i : i + self.window * self.effective], key=lambda row: self.plans[row][-1])
             found += self.cut(near)
         return [found[i] for i in rng.permutation(len(found))]
-
-    def contents(self) -> list:
-        return [(t.name, [[g.shape for g in pair] for pair in t.pairs]) for t in self.tasks]
 
     def sequence(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """x and y of one task as planned, unpadded."""
@@ -1035,6 +1027,9 @@ class FineWebLoader(Loader):
                             f"*{split}*.bin) there; data/README.md says how to make them")
         self.files, self.shards = files, [read_shard(f) for f in files]
         self.train, self.block_size, self.vocab_size = split != "val", block_size, vocab_size
+        samples = [s[:: max(1, len(s) // 1000)].tobytes() for s in self.shards]
+        self.fingerprint = digest(f"{f.name} {len(s)}".encode() + x
+                                  for f, s, x in zip(files, self.shards, samples, strict=True))
         self.windows = [max(0, (len(s) - 1) // block_size) for s in self.shards]
         if sum(self.windows) < (self.effective if self.train else 1):
             raise DataError(f"{folder}: {sum(map(len, self.shards)):,} {split} tokens are fewer than one batch of "
@@ -1047,9 +1042,6 @@ class FineWebLoader(Loader):
         rng = self.rng()
         order = np.concatenate([first[s] + rng.permutation(self.windows[s]) for s in rng.permutation(len(self.shards))])
         return order[: len(order) // self.effective * self.effective].reshape(-1, self.effective)
-
-    def contents(self) -> list:
-        return [(f.name, len(s)) for f, s in zip(self.files, self.shards, strict=True)]
 
     def collate(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         ends = np.cumsum(self.windows)
@@ -1076,11 +1068,12 @@ class TrainConfig:
     data_dir: str = option("", "arc: a folder with training/ and evaluation/; fineweb: a folder of token shards "
                            "(default: arc_data/arcagi, data)")
     preset: str = option("", "sizes and budget to start from: nano, small, base (arc) or nano, gpt2 (fineweb) "
-                         "(default: nano on a CPU, else small or gpt2)")
+                         "(default: small or gpt2 on CUDA, else nano)")
     batch_size: int = option(16, "sequences per micro-batch and device; the effective batch is batch size x "
                              "accumulation x devices")
     grad_accum_steps: int = option(1, "micro-batches per optimizer step")
-    max_steps: int = option(0, "optimizer steps to train for; 0: no limit but --max-minutes")
+    max_steps: int = option(0, "optimizer steps to train for, instead of the preset's minutes; 0: no limit but "
+                            "--max-minutes")
     max_minutes: float = option(60.0, "wall-clock budget in minutes, kept across a resume; 0: no limit but --max-steps")
     max_lr: float = option(2e-3, "peak learning rate, for both optimizers")
     warmup_frac: float = option(0.02, "share of the run over which the learning rate rises from 0")
@@ -1265,13 +1258,15 @@ class Optimizers:
         return [(slice(e - n, e), i < 4) for i, (n, e) in enumerate(zip(sizes, ends, strict=True))]
 
     def step(self, lr: float) -> None:
-        """One step at this learning rate, then no gradients."""
+        """One step at this learning rate."""
         for part, p, where in self.parts:
             part.grad = p.grad[where]
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
+        for part, _, _ in self.parts:
+            part.grad = None
 
     def state_dict(self) -> list[dict]:
         """The state of both, in order."""
@@ -1420,9 +1415,9 @@ class Runtime:
         scan, kernels = choose_scan(cfg.kernels, device)
         if kind == "cuda":
             torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+            torch.set_float32_matmul_precision("high")
         if world > 1:
-            torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+            torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=2))
         return Runtime(device, dtype, scan, kernels, rank, world, local)
 
     @property
@@ -1474,7 +1469,8 @@ class StopFlag:
 
     def raise_flag(self, number: int, frame: Any) -> None:
         self.up = True
-        signal.signal(number, self.before[number])
+        if number == signal.SIGINT:  # SIGTERM may come twice: from a supervisor, and forwarded by torchrun
+            signal.signal(number, self.before[number])
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self.before.items():
@@ -1532,7 +1528,7 @@ def new_run_folder(cfg: TrainConfig) -> Path:
     """The run folder of a fresh run: the one named, if it holds no run yet, else the first free name under runs/."""
     if cfg.out_dir:
         folder = Path(cfg.out_dir)
-        if (folder / "config.json").exists() or (folder / "checkpoint.pt").exists():
+        if (folder / "checkpoint.pt").exists():
             raise ConfigError(f"--out-dir {folder} holds a run; add --resume to continue it, or name another folder")
         return folder
     names = (f"runs/{cfg.dataset}" + (f"-{n}" if n > 1 else "") for n in range(1, 1_000_000))
@@ -1673,7 +1669,8 @@ def evaluate(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder:
     if data.val is None:
         return {}
     model.eval()
-    found = {"val_loss": validation_loss(model, data.val, runtime, batches=1_000_000 if data.questions else 20)}
+    batches = 1_000_000 if data.questions else math.ceil(128 / cfg.batch_size)  # all questions, or 128 windows of text
+    found = {"val_loss": validation_loss(model, data.val, runtime, batches)}
     if data.questions:
         predicted = answer_questions(model, data.questions, data.task_tokens, runtime, cfg.batch_size,
                                      model.config.block_size, cfg.max_grid)
@@ -1720,6 +1717,20 @@ def next_batches(loader: Loader, iterator: Any) -> tuple[list[tuple[Tensor, Tens
     return batches, iterator
 
 
+def warm_up(model: GPT, runtime: Runtime) -> None:
+    """Have Triton compile and tune its kernels before the clock starts and before processes wait for each other."""
+    if runtime.scan is ssd_scan:
+        return
+    runtime.say("            compiling the Triton kernels, which takes minutes the first time")
+    tokens = torch.zeros(1, 512, dtype=torch.long, device=runtime.device)
+    model.eval()
+    with runtime.autocast():
+        loss = model(tokens, tokens)[1]
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    model.train()
+
+
 def wrap(model: GPT, cfg: TrainConfig, runtime: Runtime) -> nn.Module:
     """The model as the loop calls it: compiled if asked for, and averaging gradients over processes."""
     network: nn.Module = model
@@ -1743,7 +1754,7 @@ def snapshot(model: GPT, optimizers: Optimizers, ema: Any, loader: Loader, step:
         "step": step,
         "minutes": minutes,
         "rng": {"torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []},
+                "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None},
         "loader": loader.state_dict(),
         "config": {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(cfg)},
     }
@@ -1758,8 +1769,8 @@ def restore(state: dict, model: GPT, optimizers: Optimizers, ema: Any, loader: L
             ema.load_state_dict(state["ema"])
         loader.load_state_dict(state["loader"])
         torch.set_rng_state(state["rng"]["torch"])
-        if torch.cuda.is_initialized() and state["rng"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        if torch.cuda.is_initialized() and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
         return int(state["step"]), float(state["minutes"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"checkpoint.pt does not fit the run's settings and data ({reason(error)})") from None
@@ -1770,17 +1781,22 @@ def spent(cfg: TrainConfig, step: int, minutes: float) -> float:
     return max(step / (cfg.max_steps or math.inf), minutes / (cfg.max_minutes or math.inf))
 
 
+def due(step: int, every: int) -> bool:
+    """Whether something that is done every so many steps (0: never) is to be done now."""
+    return bool(every) and step % every == 0
+
+
 def open_run(folder: Path, model_cfg: ModelConfig, cfg: TrainConfig, data: Data, step: int,
              minutes: float) -> MetricsLog:
     """The run's folder with its settings, ready for metrics after `step`; ConfigError where it cannot be made."""
     config = {"model": dataclasses.asdict(model_cfg), "train": dataclasses.asdict(cfg), "tasks": data.tasks}
     mirror = open_wandb(folder, config) if cfg.wandb else None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=bool(cfg.out_dir or cfg.wandb))  # a free name may be taken by now
         write_json(folder / "config.json", config)
         write_json(folder / "supervised_pairs.json", data.pairs)
-        evaluates = spent(cfg, step, minutes) >= 1 or (cfg.eval_every and step % cfg.eval_every == 0)
-        return MetricsLog(folder / "metrics.jsonl", step, redo=bool(evaluates), mirror=mirror)
+        again = spent(cfg, step, minutes) >= 1 or due(step, cfg.eval_every)
+        return MetricsLog(folder / "metrics.jsonl", step, redo=again, mirror=mirror)
     except OSError as error:
         raise ConfigError(f"--out-dir {folder}: cannot be written ({reason(error)})") from None
 
@@ -1793,13 +1809,15 @@ def finish(folder: Path, data: Data, found: dict[str, float], step: int, minutes
     if data.questions:
         solved = round(found["solve_rate"] * len(data.answers))
         print(f"{'solved:':<18}{solved} of {len(data.answers)} held-out test outputs, exactly, first try")
+    if data.train.dropped:
+        print(f"{'left out:':<18}{data.train.dropped} demonstrations, in sequences longer than --block-size")
     try:
         import plot
-    except ImportError as error:
-        print(f"{'picture:':<18}none ({error})")
-        return
-    for picture in plot.plot_run(folder):
-        print(f"{'picture:':<18}{picture}")
+
+        for picture in plot.plot_run(folder):
+            print(f"{'picture:':<18}{picture}")
+    except Exception as error:  # a run that ended well does not end in a traceback for a picture
+        print(f"{'picture:':<18}none ({reason(error)})")
 
 
 def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[str, Any] | None = None) -> None:
@@ -1816,13 +1834,17 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
             module.scan = runtime.scan
     optimizers, ema = Optimizers(model, cfg), make_ema(model, cfg.ema)
     step, before = restore(state, model, optimizers, ema, data.train) if state else (0, 0.0)
+    saved, state = step if state else None, None  # the step of the last checkpoint; its tensors are not needed twice
+    if runtime.rank:  # dropout differs between processes
+        torch.manual_seed(hash((cfg.seed, runtime.rank, step)))
     network, averaged = wrap(model, cfg, runtime), ema.module if ema else model
     size = sum(p.numel() for p in model.parameters())
     runtime.say(f"model       {size:,} parameters, {model_cfg.pattern}; effective batch {data.train.effective} x up to "
                 f"{model_cfg.block_size} tokens; {cfg.optimizer} at {cfg.max_lr:g}")
+    warm_up(model, runtime)
     log = open_run(folder, model_cfg, cfg, data, step, before) if runtime.main else None
 
-    iterator, began, found, saved = iter(data.train), time.monotonic(), {}, step if state else None
+    iterator, began, found = iter(data.train), time.monotonic(), {}
     bar = tqdm(total=1.0, disable=not runtime.main, miniters=0, mininterval=1 if sys.stderr.isatty() else 30,
                bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}")
     with bar, StopFlag() as stop:
@@ -1831,9 +1853,10 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
             minutes, stopping = runtime.agree(minutes, stop.up)
             progress = spent(cfg, step, minutes)
             done = progress >= 1
+            evaluates = not stopping and (done or (step > 0 and due(step, cfg.eval_every)))
 
-            # once in a while save
-            if done or stopping or (cfg.save_every and step % cfg.save_every == 0 and step > 0):
+            # once in a while save: at the start, and before every evaluation, which may take long
+            if done or stopping or evaluates or due(step, cfg.save_every):
                 if runtime.main and step != saved:
                     save_checkpoint(folder / "checkpoint.pt",
                                     snapshot(model, optimizers, ema, data.train, step, minutes, cfg))
@@ -1842,7 +1865,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
                 break
 
             # once in a while evaluate: validation loss, and a few tasks answered
-            if done or (cfg.eval_every and step % cfg.eval_every == 0 and step > 0):
+            if evaluates:
                 if runtime.main:
                     found = evaluate(averaged, data, cfg, runtime, folder)
                     log.write(step=step, minutes=minutes, **found)
@@ -1858,7 +1881,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
             loss = accumulate(network, batches, runtime)
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
             if not math.isfinite(loss + norm):
-                raise DataError(f"step {step}: the loss is {loss}, the gradient norm {norm}; {folder} holds a good "
+                raise DataError(f"step {step}: the loss is {loss}, the gradient norm {norm}; {folder} holds the last "
                                 "checkpoint, but it is better to start again with a lower --max-lr")
             lr = cfg.max_lr * schedule(progress, cfg.warmup_frac, cfg.decay_frac)
             optimizers.step(lr)
@@ -1916,10 +1939,11 @@ def make_parser() -> argparse.ArgumentParser:
             if kind is bool:
                 group.add_argument(flag(f.name), action="store_true", help=text)
             else:
-                metavar = None if choices else {int: "N", float: "X", str: "TEXT"}[kind]
-                group.add_argument(flag(f.name), type=kind, choices=choices, metavar=metavar, help=text)
+                metavar = f"{{{','.join(choices)}}}" if choices else {int: "N", float: "X", str: "TEXT"}[kind]
+                group.add_argument(flag(f.name), type=kind, metavar=metavar, help=text)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out-dir, with its recorded "
-                        "settings; --max-steps and --max-minutes given again extend it")
+                        "settings; --max-steps or --max-minutes given again extends it; data, device, precision and "
+                        "intervals may change too")
     return parser
 
 
@@ -1929,6 +1953,10 @@ def resume_config(given: dict[str, Any]) -> tuple[ModelConfig, TrainConfig, Path
         raise ConfigError("--resume needs --out-dir, the folder of the run to go on with")
     folder = Path(given["out_dir"])
     model_cfg, cfg = load_config(folder)
+    cfg.out_dir = str(folder)
+    for one, other in (("max_steps", "max_minutes"), ("max_minutes", "max_steps")):
+        if given.get(one) and other not in given:
+            setattr(cfg, other, type(getattr(cfg, other))(0))  # the budget given is the one that counts
     found = []
     for name, value in given.items():
         recorded = getattr(cfg, name) if hasattr(cfg, name) else getattr(model_cfg, name)

@@ -184,8 +184,8 @@ def main() -> None:
             row = {key: statistics.median(r[key] for r in runs[name]) for key in runs[name][0]}
             rows.append({"model": name, "length": length, **row})
             first = next(r for r in rows if r["length"] == length)["training"]
-            print(f"T {length:>6}  {name:<12} {row['parameters']:>10,.0f} parameters  {row['training']:>9,.0f} tokens/s "
-                  f"training ({args.models[0]} is {first / row['training']:.2f} x)  {row['peak_gb']:.2f} GB  "
+            print(f"T {length:>6}  {name:<12} {row['parameters']:>10,.0f} parameters  {row['training']:>9,.0f} "
+                  f"tokens/s training ({args.models[0]} is {first / row['training']:.2f} x)  {row['peak_gb']:.2f} GB  "
                   f"{row['prefill']:>9,.0f} prefill  {row.get('decoding', float('nan')):>7.1f} decoding  "
                   f"share {row['share']:.0%}", flush=True)
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)

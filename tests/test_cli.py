@@ -366,11 +366,18 @@ def finished(text, tmp_path, monkeypatch, capsys):
 def test_a_folder_that_holds_a_run_is_never_overwritten(finished, text, refused):
     (line,) = refused(*tiny("fineweb", text, "--out-dir", finished), count=1)
     assert str(finished) in line and "--resume" in line
-    for name in ("config.json", "checkpoint.pt"):
-        part = finished.parent / f"only {name}"
-        part.mkdir()
-        shutil.copy(finished / name, part)
-        assert str(part) in refused(*tiny("fineweb", text, "--out-dir", part), count=1)[0]
+    part = finished.parent / "only a checkpoint"
+    part.mkdir()
+    shutil.copy(finished / "checkpoint.pt", part)
+    assert str(part) in refused(*tiny("fineweb", text, "--out-dir", part), count=1)[0]
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_no_dead_end(finished, text, refused):
+    part = finished.parent / "only settings"
+    part.mkdir()
+    shutil.copy(finished / "config.json", part)
+    assert "without --resume" in refused("--resume", "--out-dir", part, count=1)[0]
+    assert run(*tiny("fineweb", text, "--out-dir", part)) == 0
 
 
 def test_resume_needs_a_run(tmp_path, refused):

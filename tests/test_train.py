@@ -493,3 +493,28 @@ def test_a_loss_that_is_no_number_ends_the_run_with_advice(data, tmp_path, monke
     monkeypatch.setattr(train, "accumulate", lambda *_: float("nan"))
     assert run(*TINY, *data["fineweb"], "--max-steps", "3", "--out-dir", tmp_path / "run") == 2
     assert "--max-lr" in capsys.readouterr().err
+
+
+def test_a_resume_with_the_other_budget_goes_on(quick, data, tmp_path):
+    """A run that spent its steps is extended by minutes, and the other way round."""
+    folder = tmp_path / "run"
+    assert run(*TINY, *data["arc"], "--max-steps", "2", "--out-dir", folder) == 0
+    assert run("--resume", "--out-dir", folder, "--max-minutes", str(metrics(folder)[-1]["minutes"] + 0.05)) == 0
+    steps = metrics(folder)[-1]["step"]
+    assert steps > 2
+    assert run("--resume", "--out-dir", folder, "--max-steps", str(steps + 2)) == 0
+    assert metrics(folder)[-1]["step"] == steps + 2
+
+
+def test_a_resume_on_other_data_is_refused(quick, arc_dir, tmp_path, capsys):
+    """Same tasks, same shapes, one cell changed."""
+    folder, tasks = tmp_path / "run", copy_small_tasks(arc_dir, tmp_path / "tasks")
+    arguments = [*TINY, "--dataset", "arc", "--data-dir", tasks, "--holdout", "0", "--max-steps", "1"]
+    assert run(*arguments, "--out-dir", folder) == 0
+    file = sorted((tasks / "training").glob("*.json"))[0]
+    task = json.loads(file.read_text())
+    task["train"][0]["output"][0][0] = (task["train"][0]["output"][0][0] + 1) % 10
+    file.write_text(json.dumps(task))
+    capsys.readouterr()
+    assert run("--resume", "--out-dir", folder, "--max-steps", "2") == 2
+    assert "not those it was started with" in capsys.readouterr().err
