@@ -954,6 +954,7 @@ class ArcDataLoader(Loader):
         return pairs[keep:], symmetry, colours, token, total
 
     def batches(self) -> list[list[int]]:
+        """Rows of the effective batches of this epoch, and the plans of their rows."""
         self.plans = [self.plan(row) for row in range(len(self.tasks))]
         if not self.train:
             return self.cut(range(len(self.tasks)))
@@ -1193,6 +1194,7 @@ class NorMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """One update of every parameter that has a gradient; `closure` is not used."""
         for group in self.param_groups:
             shapes = defaultdict(list)
             for p in group["params"]:

@@ -78,17 +78,27 @@ def build(name: str, length: int):
     return granite(model.config, int(name.split("-")[1])) if name.startswith("granite") else model
 
 
-def matmul_speed(torch, device, dtype) -> float:
-    """Floating-point operations a second of one large matrix product, the best of ten."""
-    a = torch.randn(2048 if device == "cpu" else 8192, 2048 if device == "cpu" else 8192, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(10):
+def clock(work, times: int, device: str) -> list[float]:
+    """Seconds of each call but the first, which warms up."""
+    import torch
+
+    spans = []
+    for _ in range(times + 1):
         began = time.perf_counter()
-        a @ a
+        work()
         if device == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return 2 * len(a) ** 3 / best
+        spans.append(time.perf_counter() - began)
+    return spans[1:]
+
+
+def matmul_speed(device: str) -> float:
+    """Floating-point operations a second of one large matrix product, the best of ten."""
+    import torch
+
+    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / min(clock(lambda: a @ a, 10, device))
 
 
 def measure(name: str, length: int, tokens: int, device: str, steps: int, decode: int) -> dict[str, float]:
@@ -119,22 +129,12 @@ def measure(name: str, length: int, tokens: int, device: str, steps: int, decode
         optimizer.step()
         optimizer.zero_grad()
 
-    def clock(work, times: int) -> float:
-        spans = []
-        for _ in range(times + 1):  # the first is a warm-up
-            began = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            spans.append(time.perf_counter() - began)
-        return statistics.median(spans[1:])
-
-    found = {"parameters": count(model), "training": x.numel() / clock(step, steps)}
+    found = {"parameters": count(model), "training": x.numel() / statistics.median(clock(step, steps, device))}
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found["peak_gb"] = (torch.cuda.max_memory_allocated() if device == "cuda" else host) / 1e9
     model.eval()
     with torch.no_grad(), cast:
-        found["prefill"] = x.numel() / clock(lambda: logits(x, use_cache=False), 2)
+        found["prefill"] = x.numel() / statistics.median(clock(lambda: logits(x, use_cache=False), 2, device))
 
         prompt = x[:1, : length - decode - 1]  # GPT-2 has no positions behind its context
 
@@ -145,14 +145,15 @@ def measure(name: str, length: int, tokens: int, device: str, steps: int, decode
                 model.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
 
         if decode:
-            span = clock(lambda: continued(decode + 1), 2) - clock(lambda: continued(1), 2)
-            found["decoding"] = decode / max(1e-9, span)
-    found["peak_flops"] = matmul_speed(torch, device, torch.bfloat16 if device == "cuda" else torch.float32)
+            spans = [statistics.median(clock(lambda n=n: continued(n), 2, device)) for n in (1, decode + 1)]
+            found["decoding"] = decode / (spans[1] - spans[0])
+    found["peak_flops"] = matmul_speed(device)
     found["share"] = 6 * found["parameters"] * found["training"] / found["peak_flops"]
     return found
 
 
 def main() -> None:
+    """Measure every model in a process of its own, in turn, print the medians, keep them in bench/results/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which")
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096], help="context lengths, in tokens")
