@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import importlib.util
 import json
@@ -1906,7 +1907,10 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
         print(f"stopped at step {step} and saved; to go on: {again}")
     elif runtime.main:
         finish(folder, data, found, step, minutes)
-    if runtime.world > 1:
+    if runtime.world > 1:  # leave together, and before the interpreter takes the gradient buckets apart
+        runtime.agree(0)
+        del network
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
