@@ -1025,8 +1025,9 @@ class FineWebLoader(Loader):
         files = sorted(f for f in Path(folder).glob("*") if f.suffix in (".npy", ".bin"))
         files = [f for f in files if ("val" in f.name) == (split == "val")]
         if not files:
-            raise DataError(f"{folder}: no {'validation' if split == 'val' else 'training'} shards (*{split}*.npy or "
-                            f"*{split}*.bin) there; data/README.md says how to make them")
+            kind, having = ("validation", "with") if split == "val" else ("training", "without")
+            raise DataError(f"{folder}: no {kind} shards (.npy or .bin files {having} \"val\" in their names) there; "
+                            "data/README.md says how to make them")
         self.files, self.shards = files, [read_shard(f) for f in files]
         self.train, self.block_size, self.vocab_size = split != "val", block_size, vocab_size
         samples = [s[:: max(1, len(s) // 1000)].tobytes() for s in self.shards]
@@ -1418,7 +1419,6 @@ class Runtime:
         scan, kernels = choose_scan(cfg.kernels, device)
         if kind == "cuda":
             torch.cuda.set_device(device)
-            torch.set_float32_matmul_precision("high")
         if world > 1:
             torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=2))
         return Runtime(device, dtype, scan, kernels, rank, world, local)
@@ -1625,24 +1625,27 @@ def open_arc(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: 
             raise DataError(f"{folder}: the ARC tasks could not be written there; see the line above")
     runtime.agree(0)  # the others wait for the files
     arc = load_arc(folder, cfg.holdout, cfg.max_grid, cfg.demonstrations)
-    data = Data(train=None, val=None, questions=arc.questions, answers=arc.answers)
+    data = Data(train=None, val=None)
     data.tasks = [t.name for t in arc.tasks]
     model_cfg.n_tasks = len(data.tasks)
     data.train = ArcDataLoader(arc.tasks, cfg.batch_size, model_cfg.block_size, task_tokens=data.task_tokens, **order)
-    if arc.questions:
-        answered = [Task(q.name, [*q.pairs[:-1], (q.pairs[-1][0], answer)])
-                    for q, answer in zip(arc.questions, arc.answers, strict=True)]
+    data.pairs = sorted({canonical_hash(p) for t in data.train.tasks for p in t.pairs})
+    unseen = [(q, answer) for q, answer in zip(arc.questions, arc.answers, strict=True)
+              if canonical_hash((q.pairs[-1][0], answer)) not in data.pairs]  # what was shown proves nothing
+    data.questions, data.answers = [q for q, _ in unseen], [answer for _, answer in unseen]
+    if unseen:
+        answered = [Task(q.name, [*q.pairs[:-1], (q.pairs[-1][0], answer)]) for q, answer in unseen]
         data.val = ArcDataLoader(answered, cfg.batch_size, model_cfg.block_size, train=False,
                                  task_tokens=data.task_tokens)
         seen = np.concatenate([encode_answer(p[1]) for t in data.train.tasks for p in t.pairs])
-        data.unigram = unigram_loss(seen, np.concatenate([encode_answer(a) for a in arc.answers]))
-    data.pairs = sorted({canonical_hash(p) for t in data.train.tasks for p in t.pairs})
+        data.unigram = unigram_loss(seen, np.concatenate([encode_answer(a) for a in data.answers]))
     count = sum(len(t.pairs) for t in data.train.tasks)
     held = len({q.name for q in data.questions})
     runtime.say(f"data        {folder}: {len(data.train.tasks)} tasks, {count} pairs to learn from; "
                 f"{len(data.answers)} outputs of {held} held-out training tasks to measure on\n"
                 f"            left out: {arc.left_out} tasks with grids over {cfg.max_grid} x "
-                f"{cfg.max_grid}, {len(data.train.too_long)} longer than {model_cfg.block_size} tokens")
+                f"{cfg.max_grid}, {len(data.train.too_long)} longer than {model_cfg.block_size} tokens, "
+                f"{len(arc.answers) - len(unseen)} held-out outputs that equal a pair to learn from")
     learns = {"both": "training tasks, and the demonstrations of held-out and evaluation tasks, whose answers only "
               "the scorer sees", "training": "training tasks only"}
     runtime.say(f"            --demonstrations {cfg.demonstrations}: learns from {learns[cfg.demonstrations]}")

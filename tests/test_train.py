@@ -440,10 +440,14 @@ def test_run_folder_of_an_arc_run(data, arc_dir, tmp_path, capsys):
     assert all(t.dtype == torch.float32 for t in state["model"].values())
 
     shown = json.loads((folder / "predictions.json").read_text())
-    assert [(s["task"], s["truth"]) for s in shown] == [
-        (q.name, a.tolist()) for q, a in zip(arc.questions, arc.answers, strict=True)
-    ]
-    for s, q in zip(shown, arc.questions, strict=True):
+    supervised = {canonical_hash(p) for t in arc.tasks for p in t.pairs}
+    asked = [
+        (q, a) for q, a in zip(arc.questions, arc.answers, strict=True)
+        if canonical_hash((q.pairs[-1][0], a)) not in supervised
+    ]  # fmt: skip
+    assert len(asked) == len(arc.questions) - 1  # one, 0d3d703e, is its own demonstration in other colours
+    assert [(s["task"], s["truth"]) for s in shown] == [(q.name, a.tolist()) for q, a in asked]
+    for s, (q, _) in zip(shown, asked, strict=True):
         assert s.keys() == {"task", "test", "demonstrations", "input", "prediction", "truth"}
         assert s["input"] == q.pairs[-1][0].tolist() and len(s["demonstrations"]) == len(q.pairs) - 1
 
@@ -518,3 +522,12 @@ def test_a_resume_on_other_data_is_refused(quick, arc_dir, tmp_path, capsys):
     capsys.readouterr()
     assert run("--resume", "--out-dir", folder, "--max-steps", "2") == 2
     assert "not those it was started with" in capsys.readouterr().err
+
+
+def test_held_out_outputs_that_were_shown_are_not_asked(quick, arc_dir, tmp_path):
+    """A held-out test pair that equals a pair to learn from, up to symmetry and colours, proves nothing when solved."""
+    cfg, model_cfg = TrainConfig(data_dir=str(arc_dir), max_grid=10), train.make_config({}, False)[0]
+    data = train.open_data(model_cfg, cfg, runtime())
+    asked = [canonical_hash((q.pairs[-1][0], a)) for q, a in zip(data.questions, data.answers, strict=True)]
+    assert asked and not set(asked) & set(data.pairs)
+    assert "0d3d703e" in data.tasks and "0d3d703e" not in {q.name for q in data.questions}  # colours swapped by a table
