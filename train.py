@@ -572,6 +572,13 @@ class Cache(dict):
         self.longest, self.stepping = self.longest + 1, True
         self.tokens[torch.arange(len(token), device=token.device), self.index] = token
 
+    def keep(self, rows: Tensor) -> None:
+        """Forget every row but these, a mask (B,)."""
+        self.tokens, self.lengths, self.index = self.tokens[rows], self.lengths[rows], self.index[rows]
+        self.layout = self.layout and GridLayout(*(f[rows] for f in self.layout))
+        for mixer, states in self.items():
+            self[mixer] = tuple(s[rows] for s in states)
+
 
 class GPT(nn.Module):
     """The hybrid: a stack of blocks, one for every letter of `cfg.pattern`."""
@@ -624,33 +631,42 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, lengths: Tensor | None = None, max_new_tokens: int = 128, stop: int = -1,
-                 temperature: float = 0.0, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def stream(self, tokens: Tensor, lengths: Tensor | None = None, max_new_tokens: int = 128, stop: int = -1,
+               choose: Any = None):
         """Continue prompts (B, T), padded on the right to `lengths` (B,), one token at a time from carried states.
 
-        Greedy at temperature 0, sampled otherwise. A row that has said `stop` repeats it until all have. Returns the
-        new tokens (B, <= max_new_tokens) and the summed log-probability of each row's tokens (B,).
+        `choose` makes tokens (R,) of log-probabilities (R, V); without it the likeliest is taken. Yields, token by
+        token, the rows that have not said `stop` before (R,), what they say now (R,) and its log-probability (R,).
         """
         if lengths is None:
             lengths = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
-        cache = Cache(tokens, lengths, max_new_tokens)
-        hidden = self.hidden(tokens, cache)[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (B, D)
-        total, done, new = hidden.new_zeros(len(tokens)).float(), torch.zeros_like(lengths, dtype=torch.bool), []
+        cache, rows = Cache(tokens, lengths, max_new_tokens), torch.arange(len(tokens), device=tokens.device)
+        hidden, done = self.hidden(tokens, cache)[rows, lengths - 1], torch.zeros_like(rows, dtype=torch.bool)
         for i in range(max_new_tokens):
-            logp = self.head(hidden).float().log_softmax(-1)
-            if temperature > 0:
-                token = torch.multinomial((logp / temperature).softmax(-1), 1, generator=generator)[:, 0]
-            else:
-                token = logp.argmax(-1)
-            token = token.masked_fill(done, stop)
-            total += logp.gather(1, token[:, None])[:, 0].masked_fill(done, 0)
-            new.append(token)
+            logp = self.head(hidden).float().log_softmax(-1)  # (R, V)
+            token = choose(logp) if choose else logp.argmax(-1)
+            yield rows[~done], token[~done], logp.gather(1, token[:, None])[:, 0][~done]
             done |= token == stop
-            if i + 1 == max_new_tokens or (stop >= 0 and done.all()):
+            going = len(done) - int(done.sum()) if stop >= 0 else len(done)
+            if not going or i + 1 == max_new_tokens:
                 break
+            if 2 * going <= len(done):  # half of the rows are idle: go on without them
+                cache.keep(~done)
+                rows, token, done = rows[~done], token[~done], done[~done]
             cache.append(token)
             hidden = self.hidden(token[:, None], cache)[:, 0]
-        return torch.stack(new, dim=1), total
+
+    def generate(self, tokens: Tensor, lengths: Tensor | None = None, max_new_tokens: int = 128, stop: int = -1,
+                 choose: Any = None) -> tuple[Tensor, Tensor]:
+        """All that `stream` yields: the new tokens (B, <= max_new_tokens), where a row that has said `stop` repeats
+        it, and the summed log-probability of each row's tokens (B,)."""
+        new, total = tokens.new_full((len(tokens), max_new_tokens), stop), tokens.new_zeros(len(tokens)).float()
+        count = 0
+        for rows, token, logp in self.stream(tokens, lengths, max_new_tokens, stop, choose):
+            new[rows, count] = token
+            total[rows] += logp
+            count += 1
+        return new[:, :count], total
 
 
 # == GRIDS ============================================================================================================
@@ -1561,28 +1577,36 @@ def unigram_loss(seen: np.ndarray, asked: np.ndarray) -> float:
     return float(-np.log(p[asked]).mean())
 
 
-def answer_questions(model: GPT, questions: list[Task], task_tokens: dict[str, int], runtime: Runtime,
-                     batch_size: int, block_size: int, max_side: int) -> list[Grid | None]:
-    """Greedy answers, one view each; None where the model writes no grid. Prompts of similar length go together."""
-    prompts = []
-    for task in questions:
-        pairs, query = task.pairs[:-1], task.pairs[-1][0]
-        while len(pairs) > 1 and len(encode_task(pairs, query)) > block_size:
-            pairs = pairs[1:]
-        prompts.append(encode_task(pairs, query, task_tokens.get(task.name, UNKNOWN_TASK)))
-    answers: list[Grid | None] = [None] * len(questions)
+def answer_prompts(model: GPT, prompts: list[np.ndarray], runtime: Runtime, max_new_tokens: int,
+                   batch_tokens: int) -> list[tuple[Grid | None, float]]:
+    """Greedy answers to prompts, None where the model writes no grid, and their summed log-probabilities.
+
+    Prompts of similar length go together, as many as fit `batch_tokens` with what may be written behind them.
+    """
+    answers: list[tuple[Grid | None, float]] = [(None, -math.inf)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for chunk in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+    while order:
+        n = 1
+        while n < len(order) and (n + 1) * (len(prompts[order[n]]) + max_new_tokens) <= batch_tokens:
+            n += 1
+        chunk, order = order[:n], order[n:]
         lengths = torch.tensor([len(prompts[i]) for i in chunk])
         tokens = torch.zeros(len(chunk), int(lengths.max()), dtype=torch.long)
         for row, i in enumerate(chunk):
             tokens[row, : len(prompts[i])] = torch.from_numpy(prompts[i])
         with runtime.autocast():
-            longest = max_side * (max_side + 1) + 1
-            new, _ = model.generate(tokens.to(runtime.device), lengths.to(runtime.device), longest, END)
-        for i, row in zip(chunk, new.tolist(), strict=True):
-            answers[i] = decode_grid(row)
+            new, logp = model.generate(tokens.to(runtime.device), lengths.to(runtime.device), max_new_tokens, END)
+        for i, row, value in zip(chunk, new.tolist(), logp.tolist(), strict=True):
+            answers[i] = decode_grid(row), value
     return answers
+
+
+def make_prompt(task: Task, block_size: int, task_tokens: dict[str, int]) -> np.ndarray:
+    """The prompt of a question, with as many of its last demonstrations as block_size holds, but at least one."""
+    pairs, query = task.pairs[:-1], task.pairs[-1][0]
+    while len(pairs) > 1 and len(encode_task(pairs, query)) > block_size:
+        pairs = pairs[1:]
+    return encode_task(pairs, query, task_tokens.get(task.name, UNKNOWN_TASK))
 
 
 def score_answers(predicted: list[Grid | None], answers: list[Grid]) -> dict[str, float]:
@@ -1678,8 +1702,10 @@ def evaluate(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder:
     batches = 1_000_000 if data.questions else math.ceil(128 / cfg.batch_size)  # all questions, or 128 windows of text
     found = {"val_loss": validation_loss(model, data.val, runtime, batches)}
     if data.questions:
-        predicted = answer_questions(model, data.questions, data.task_tokens, runtime, cfg.batch_size,
-                                     model.config.block_size, cfg.max_grid)
+        prompts = [make_prompt(task, model.config.block_size, data.task_tokens) for task in data.questions]
+        longest = cfg.max_grid * (cfg.max_grid + 1) + 1
+        batch_tokens = cfg.batch_size * (model.config.block_size + longest)
+        predicted = [grid for grid, _ in answer_prompts(model, prompts, runtime, longest, batch_tokens)]
         found |= score_answers(predicted, data.answers)
         shown = []
         for task, p, a in zip(data.questions, predicted, data.answers, strict=True):

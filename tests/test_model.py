@@ -185,19 +185,24 @@ def test_generate_is_greedy_stops_and_sums_log_probabilities(grid):
     for row, whole in zip(found.tolist(), expected, strict=True):
         end = whole.index(stop) if stop in whole else len(whole)
         assert row == (whole[: end + 1] + [stop] * 20)[: len(row)]
+    batches = [len(going) for going, _, _ in model.stream(pad(rows), lengths, 20, stop)]
+    assert batches[0] == 4 and batches[-1] < 4  # rows that are done leave
     alone, value = model.generate(rows[2][None], stop=stop, max_new_tokens=20)  # lengths may be left out
     end = expected[2].index(stop)
     assert alone[0].tolist() == expected[2][: end + 1] and value.item() == pytest.approx(logp[2].item(), abs=1e-4)
 
 
 @torch.no_grad()
-def test_sampling_follows_its_generator_and_its_temperature():
+def test_tokens_may_be_chosen_by_the_caller():
     model = tiny_model()
     tokens = pad(real([6, 6], grid=False))
 
     def draw(seed, temperature):
+        generator = torch.Generator().manual_seed(seed)
         return model.generate(
-            tokens, max_new_tokens=12, temperature=temperature, generator=torch.Generator().manual_seed(seed)
+            tokens,
+            max_new_tokens=12,
+            choose=lambda logp: torch.multinomial((logp / temperature).softmax(-1), 1, generator=generator)[:, 0],
         )[0]
 
     assert torch.equal(draw(0, 1.0), draw(0, 1.0)) and not torch.equal(draw(0, 1.0), draw(1, 1.0))

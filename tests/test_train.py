@@ -37,9 +37,10 @@ from train import (
     Task,
     TrainConfig,
     accumulate,
-    answer_questions,
+    answer_prompts,
     canonical_hash,
     load_arc,
+    make_prompt,
     next_batches,
     score_answers,
     validation_loss,
@@ -388,7 +389,8 @@ def test_learns_eight_official_tasks_by_heart(arc_dir, tmp_path):
         optimizers.step(1e-2 * min(1.0, (300 - step) / 150))
         if loss < 0.003:
             break
-    predicted = answer_questions(model.eval(), questions, {}, runtime(), 16, 4096, 30)
+    prompts = [make_prompt(task, 4096, {}) for task in questions]
+    predicted = [grid for grid, _ in answer_prompts(model.eval(), prompts, runtime(), 931, 4 * 4096)]
     assert score_answers(predicted, answers)["solve_rate"] == 1.0, f"loss {loss.item():.4f} after {step + 1} steps"
     assert all(p is not None and same_pairs([(p, a)], [(a, a)]) for p, a in zip(predicted, answers, strict=True))
 
