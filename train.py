@@ -29,6 +29,7 @@ import dataclasses
 import gc
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -113,31 +114,50 @@ class ModelConfig:
         return found
 
 
+def slabs(*tensors: Tensor | None):
+    """Views of the tensors (rows, d), some rows at a time, so that all that is made of them stays in the CPU's cache.
+
+    Elsewhere all rows come at once. None stays None.
+    """
+    rows = max(1, 2**17 // tensors[0].shape[1]) if tensors[0].device.type == "cpu" else 2**62
+    return zip(*(itertools.repeat(None) if t is None else t.split(rows) for t in tensors), strict=False)
+
+
 class Normalize(torch.autograd.Function):
     """RMSNorm in few passes over memory: only its inputs and one number a group and token are kept for the backward.
 
     h = x, or x * silu(z) with a gate; y = h / rms(h) * weight, the mean square taken over each of `groups` equal parts.
+    x, z (tokens, d) float32, weight (d,).
     """
 
     @staticmethod
     def forward(ctx, x, z, weight, eps, groups):
-        h = (x if z is None else F.silu(z).mul_(x)).unflatten(-1, (groups, -1))
-        scale = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
+        y, scale = torch.empty_like(x), x.new_empty(len(x), groups, 1)
+        for xs, zs, ys, ss in slabs(x, z, y, scale):
+            h = (xs if zs is None else F.silu(zs).mul_(xs)).unflatten(-1, (groups, -1))
+            torch.linalg.vector_norm(h, dim=-1, keepdim=True, out=ss)
+            ss.square_().div_(h.shape[-1]).add_(eps).rsqrt_()
+            torch.mul((h * ss).flatten(-2), weight, out=ys)
         ctx.save_for_backward(x, z, weight, scale)
-        return (h * scale).flatten(-2).mul_(weight)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, z, weight, scale = ctx.saved_tensors
-        gate = None if z is None else F.silu(z)
-        n = (x if z is None else gate * x).unflatten(-1, (scale.shape[-2], -1)) * scale
-        dweight = (dy * n.flatten(-2)).flatten(0, -2).sum(0)
-        dn = (dy * weight).view_as(n)
-        dh = torch.addcmul(dn, n, (dn * n).mean(-1, keepdim=True), value=-1).mul_(scale).flatten(-2)
-        if z is None:
-            return dh, None, dweight, None, None
-        return dh * gate, torch.ops.aten.silu_backward(dh * x, z), dweight, None, None
+        dx, dz, dweight = torch.empty_like(x), None if z is None else torch.empty_like(z), torch.zeros_like(weight)
+        for xs, zs, ss, dys, dxs, dzs in slabs(x, z, scale, dy, dx, dz):
+            gate = None if zs is None else F.silu(zs)
+            n = (xs if zs is None else gate * xs).unflatten(-1, (ss.shape[-2], -1)) * ss
+            dweight += (dys * n.flatten(-2)).sum(0)
+            dn = (dys * weight).view_as(n)
+            dh = torch.addcmul(dn, n, (dn * n).mean(-1, keepdim=True), value=-1).mul_(ss).flatten(-2)
+            if zs is None:
+                dxs.copy_(dh)
+            else:
+                torch.mul(dh, gate, out=dxs)
+                torch.ops.aten.silu_backward.grad_input(dh.mul_(xs), zs, grad_input=dzs)
+        return dx, dz, dweight, None, None
 
 
 class RMSNorm(nn.Module):
@@ -150,8 +170,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Norm of x (..., d), or of x * silu(z) when a gate z is given (Mamba-2's norm, `norm_before_gate=False`)."""
-        z = z if z is None else z.float()
-        return Normalize.apply(x.float(), z, self.weight, self.eps, self.groups).to(x.dtype)
+        rows = (v if v is None else v.float().reshape(-1, v.shape[-1]) for v in (x, z))
+        return Normalize.apply(*rows, self.weight, self.eps, self.groups).view(x.shape).to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -205,11 +225,11 @@ class Attention(nn.Module):
 
 
 class CausalConv(torch.autograd.Function):
-    """silu(bias + sum over k of weight[:, k] * x[t - K + 1 + k]) as shifted multiply-adds.
+    """silu(bias + sum over k of weight[k] * x[t - K + 1 + k]) as shifted multiply-adds.
 
     On a CPU the backward of a depthwise `conv1d` takes fifty times as long (bench/LOG.md).
 
-    x (B, T, D), weight (D, K), bias (D,), seq_idx (B, T) or None: taps do not reach into another sequence.
+    x (B, T, D), weight (K, D), bias (D,), seq_idx (B, T) or None: taps do not reach into another sequence.
     """
 
     @staticmethod
@@ -219,9 +239,9 @@ class CausalConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, seq_idx):
-        y = torch.addcmul(bias, x, weight[:, -1])
-        for back in range(1, min(weight.shape[1], x.shape[1])):
-            y[:, back:].addcmul_(CausalConv.within(x[:, :-back], back, seq_idx), weight[:, -1 - back])
+        y = torch.addcmul(bias, x, weight[-1])
+        for back in range(1, min(len(weight), x.shape[1])):
+            y[:, back:].addcmul_(CausalConv.within(x[:, :-back], back, seq_idx), weight[-1 - back])
         ctx.save_for_backward(x, weight, seq_idx, y)
         return F.silu(y)
 
@@ -230,119 +250,124 @@ class CausalConv(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, seq_idx, y = ctx.saved_tensors
         dy = torch.ops.aten.silu_backward(dy, y)
-        dx, dweight = dy * weight[:, -1], torch.zeros_like(weight)
-        dweight[:, -1] = (dy * x).sum((0, 1))
-        for back in range(1, min(weight.shape[1], x.shape[1])):
+        dx, dweight = dy * weight[-1], torch.zeros_like(weight)
+        dweight[-1] = (dy * x).sum((0, 1))
+        for back in range(1, min(len(weight), x.shape[1])):
             late = CausalConv.within(dy[:, back:], back, seq_idx)
-            dx[:, :-back].addcmul_(late, weight[:, -1 - back])
-            dweight[:, -1 - back] = (late * x[:, :-back]).sum((0, 1))
+            dx[:, :-back].addcmul_(late, weight[-1 - back])
+            dweight[-1 - back] = (late * x[:, :-back]).sum((0, 1))
         return dx, dweight, dy.sum((0, 1)), None
 
 
 class ChunkScan(torch.autograd.Function):
     """The state space dual form of Mamba-2 on whole chunks, with a backward written as matrix products.
 
-    Mirrors `ssd_minimal_discrete` of the paper (listing 1) and `_mamba_chunk_scan_combined_fwd/bwd` upstream. Only
-    the states between chunks are kept for the backward pass; the (Q, Q) matrices are made again, one head at a time,
-    so that they stay in the processor's cache.
+    Mirrors `ssd_minimal_discrete` of the paper (listing 1) and `_mamba_chunk_scan_combined_fwd/bwd` upstream. Goes
+    through the chunks a few at a time, so that all it makes of them stays in the processor's cache; only the states
+    between chunks are kept for the backward pass, which makes the rest again.
 
     x (B, C, Q, H, P), dt and da = dt * A (B, C, Q, H), Bm and Cm (B, C, Q, N), D (B, H), seq_idx (B, C, Q) or None,
-    initial (B, N, H, P) or None. Returns y like x and the final state (B, N, H, P).
+    initial (B, N, H * P) or None. Returns y like x and the final state (B, N, H * P).
     """
 
     @staticmethod
-    def decays(a: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Decay into each position, from each position to its chunk's end, over a chunk, and the mask inside one.
-
-        a (B, C, Q, H) is the sum of dt * A from the chunk's start. Positions of another sequence decay to nothing.
-        Returns (B, C, Q, H, 1), (B, C, Q, H, 1), (B, C, 1, H, 1) and an additive mask (B*C or 1, Q, Q).
-        """
-        Q = a.shape[2]
-        into, onward, over = a.exp(), (a[:, :, -1:] - a).exp(), a[:, :, -1].exp()
-        mask = torch.full((1, Q, Q), -math.inf, device=a.device).triu_(1)
-        if seq_idx is not None:
-            last = seq_idx[:, :, -1:]  # (B, C, 1)
-            before = torch.cat([seq_idx[:, :1, :1], last[:, :-1]], dim=1)
-            into = into * (seq_idx == before)[..., None]
-            onward = onward * (seq_idx == last)[..., None]
-            over = over * (last == before)
-            s = seq_idx.flatten(0, 1)
-            mask = mask.masked_fill(s[:, :, None] != s[:, None, :], -math.inf)
-        return into[..., None], onward[..., None], over[:, :, None, :, None], mask
+    def slabs(x: Tensor, seq_idx: Tensor | None) -> list[tuple[slice, Tensor | None, Tensor | None]]:
+        """A few chunks at a time: which, their seq_idx (R, Q) and that of the position before each (R, 1)."""
+        c = x.shape[1]
+        few = max(1, 2**17 // x[:, 0].numel()) if x.device.type == "cpu" else c
+        chunks = [slice(i, min(i + few, c)) for i in range(0, c, few)]
+        if seq_idx is None:
+            return [(s, None, None) for s in chunks]
+        before = torch.cat([seq_idx[:, :1, :1], seq_idx[:, :-1, -1:]], dim=1)
+        return [(s, seq_idx[:, s].flatten(0, 1), before[:, s].flatten(0, 1)) for s in chunks]
 
     @staticmethod
-    def within(a: Tensor, head: int, mask: Tensor) -> Tensor:
-        """L: the decay from each position of a chunk to each later one, for one head, (B*C, Q, Q)."""
-        a = a[..., head].flatten(0, 1)
-        return (a[:, :, None] - a[:, None, :]).add_(mask).exp_()
+    def decays(da: Tensor, seq: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Decay into each position, from each to its chunk's end, over a chunk, and L, from each to each later one.
+
+        da (R, Q, H) -> (R, Q, H, 1), (R, Q, H, 1), (R, H, 1), (R, H, Q, Q). Nothing passes from another sequence.
+        """
+        a = da.cumsum(1).div_(math.log(2))  # exp2, because exp takes ten times as long where its result is 0
+        into, onward, over = a.exp2(), (a[:, -1:] - a).exp2_(), a[:, -1].exp2()
+        mask = torch.full((1, 1, *[a.shape[1]] * 2), -math.inf, device=a.device).triu_(1)
+        if seq is not None:
+            into *= (seq == before)[..., None]
+            onward *= (seq == seq[:, -1:])[..., None]
+            over *= seq[:, -1:] == before
+            mask = mask.masked_fill((seq[:, :, None] != seq[:, None, :])[:, None], -math.inf)
+        a = a.mT.contiguous()  # (R, H, Q)
+        return into[..., None], onward[..., None], over[..., None], (a[..., None] - a[:, :, None]).add_(mask).exp2_()
+
+    @staticmethod
+    def heads(v: Tensor) -> Tensor:
+        """(R, Q, H, P) -> (R * H, Q, P), the rows of a product a head."""
+        return v.transpose(1, 2).reshape(-1, v.shape[1], v.shape[3])
 
     @staticmethod
     def forward(ctx, x, dt, da, Bm, Cm, D, seq_idx, initial):
         (b, c, q, h, p), n = x.shape, Bm.shape[-1]
-        a = da.cumsum(2)
-        into, onward, over, mask = ChunkScan.decays(a, seq_idx)
-        u = x * dt[..., None]
-        Bk, Ck = Bm.view(b * c, q, n), Cm.view(b * c, q, n)
-        # 1. what each chunk adds to the state by its end
-        S = torch.bmm(Bk.mT, (u * onward).view(b * c, q, h * p)).view(b, c, n, h, p)
-        # 2. the state before each chunk: the only sequential part, one multiply-add a chunk
-        states = [torch.zeros_like(S[:, 0]) if initial is None else initial]
-        for s, decay in zip(S.unbind(1), over.unbind(1), strict=True):
-            states.append(torch.addcmul(s, states[-1], decay))
-        final, H = states.pop(), torch.stack(states, dim=1)  # (b, c, n, h, p)
-        # 3. what that state says to each position of the chunk
-        y = torch.bmm(Ck, H.view(b * c, n, h * p)).view(x.shape).mul_(into).addcmul_(x, D[:, None, None, :, None])
-        # 4. what positions of the same chunk say to each other
-        CB = torch.bmm(Ck, Bk.mT)  # (b*c, q, q)
-        for i, (yi, ui) in enumerate(zip(y.flatten(0, 1).unbind(2), u.flatten(0, 1).unbind(2), strict=True)):
-            yi += torch.bmm(ChunkScan.within(a, i, mask).mul_(CB), ui)
-        ctx.save_for_backward(x, dt, Bm, Cm, D, seq_idx, a, H)
-        return y, final
+        H = x.new_zeros(b, n, h * p) if initial is None else initial
+        y, states = torch.empty_like(x), x.new_empty(b, c, n, h * p)  # the state before each chunk
+        for s, seq, before in ChunkScan.slabs(x, seq_idx):
+            xs, Bs, Cs, ys = x[:, s].flatten(0, 1), Bm[:, s].flatten(0, 1), Cm[:, s].flatten(0, 1), y[:, s]
+            into, onward, over, L = ChunkScan.decays(da[:, s].flatten(0, 1), seq, before)
+            u = xs * dt[:, s].flatten(0, 1)[..., None]
+            # 1. what each chunk adds to the state by its end
+            S = torch.bmm(Bs.mT, (u * onward).flatten(2))  # (R, N, H * P)
+            # 2. the state before each chunk: the only sequential part, one multiply-add a chunk
+            wide = over.expand(-1, -1, p).reshape(b, -1, 1, h * p)
+            for i, add in enumerate(S.unflatten(0, (b, -1)).unbind(1), s.start):
+                states[:, i] = H
+                H = torch.addcmul(add, H, wide[:, i - s.start])
+            # 3. what that state says to each position of the chunk
+            out = torch.bmm(Cs, states[:, s].flatten(0, 1)).view(u.shape).mul_(into)
+            # 4. what positions of the same chunk say to each other
+            M = L.mul_(torch.bmm(Cs, Bs.mT)[:, None])
+            out += torch.bmm(M.flatten(0, 1), ChunkScan.heads(u)).view(-1, h, q, p).transpose(1, 2)
+            torch.addcmul(out.view(ys.shape), x[:, s], D[:, None, None, :, None], out=ys)
+        ctx.save_for_backward(x, dt, da, Bm, Cm, D, seq_idx, states)
+        return y, H
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dfinal):
-        x, dt, Bm, Cm, D, seq_idx, a, H = ctx.saved_tensors
-        (b, c, q, h, p), n = x.shape, Bm.shape[-1]
-        dy = dy.contiguous()
-        into, onward, over, mask = ChunkScan.decays(a, seq_idx)
-        u = x * dt[..., None]
-        Bk, Ck, Hk = Bm.view(b * c, q, n), Cm.view(b * c, q, n), H.view(b * c, n, h * p)
-        # 3. from each position to the state before its chunk
-        E = (dy * into).view(b * c, q, h * p)
-        dC, dH = torch.bmm(E, Hk.mT), torch.bmm(Ck.mT, E).view(H.shape)
-        dsum = E.mul_(torch.bmm(Ck, Hk)).view(x.shape).sum(-1)  # gradient of a
-        # 2. from each chunk to those before it: dS is the gradient of the state at the end of each
-        dS = [torch.zeros_like(H[:, 0]) if dfinal is None else dfinal]
-        for dh, decay in zip(reversed(dH.unbind(1)), reversed(over.unbind(1)), strict=True):
-            dS.append(torch.addcmul(dh, dS[-1], decay))
-        dinitial, dS = dS.pop(), torch.stack(dS[::-1], dim=1)
-        dsum[:, :, -1] += ((dS * H).sum(2, keepdim=True) * over).sum((2, 4))
-        # 1. from the end of a chunk to its positions
-        W, dSk = u * onward, dS.view(b * c, n, h * p)
-        dB = torch.bmm(W.view(b * c, q, h * p), dSk.mT)
-        du = torch.bmm(Bk, dSk).view(x.shape)
-        through = W.mul_(du).sum(-1)
-        dsum -= through
-        dsum[:, :, -1] += through.sum(2)
-        du *= onward
-        # 4. inside each chunk
-        CB, dCB = torch.bmm(Ck, Bk.mT), torch.zeros_like(mask.expand(b * c, q, q))
-        heads = zip(*(v.flatten(0, 1).unbind(2) for v in (du, u, dy, dsum)), strict=True)
-        for i, (dui, ui, dyi, dsi) in enumerate(heads):
-            L = ChunkScan.within(a, i, mask)
-            dM = torch.bmm(dyi, ui.mT).mul_(L)
-            dCB += dM
-            dui += torch.bmm(L.mul_(CB).mT, dyi)
-            dM.mul_(CB)
-            dsi += dM.sum(2) - dM.sum(1)
-        dC.baddbmm_(dCB, Bk)
-        dB.baddbmm_(dCB.mT, Ck)
-        dx = (du * dt[..., None]).addcmul_(dy, D[:, None, None, :, None])
-        dD = (dy * x).sum((1, 2, 4))
-        dinitial = dinitial if ctx.needs_input_grad[7] else None
-        dda, dB, dC = dsum.flip(2).cumsum(2).flip(2), dB.view(Bm.shape), dC.view(Cm.shape)
-        return dx, (du * x).sum(-1), dda, dB, dC, dD, None, dinitial
+        x, dt, da, Bm, Cm, D, seq_idx, states = ctx.saved_tensors
+        b, c, q, h, p = x.shape
+        dx, ddt, dda, dB, dC, dD = (torch.empty_like(v) for v in (x, dt, da, Bm, Cm, D))
+        dH, dD = torch.zeros_like(states[:, 0]) if dfinal is None else dfinal, dD.zero_()  # gradient of the state
+        for s, seq, before in reversed(ChunkScan.slabs(x, seq_idx)):
+            xs, dts, Bs, Cs, dys, Hs = (v[:, s].flatten(0, 1) for v in (x, dt, Bm, Cm, dy, states))
+            into, onward, over, L = ChunkScan.decays(da[:, s].flatten(0, 1), seq, before)
+            u = xs * dts[..., None]
+            # 3. from each position to the state before its chunk
+            E = dys * into
+            dCs, dS = torch.bmm(E.flatten(2), Hs.mT), torch.bmm(Cs.mT, E.flatten(2))
+            dsum = E.mul_(torch.bmm(Cs, Hs).view(E.shape)).sum(-1)  # (R, Q, H), gradient of the sum of dt * A
+            # 2. from each chunk to those before it: dS becomes the gradient of the state at the end of each
+            wide = over.expand(-1, -1, p).reshape(b, -1, 1, h * p)
+            for i, at in reversed(list(enumerate(dS.unflatten(0, (b, -1)).unbind(1)))):
+                dH, end = torch.addcmul(at, dH, wide[:, i]), dH
+                at.copy_(end)
+            dsum[:, -1] += (dS * Hs).sum(1).mul_(wide.flatten(0, 2)).unflatten(1, (h, p)).sum(-1)
+            # 1. from the end of a chunk to its positions
+            W, du = u * onward, torch.bmm(Bs, dS).view(u.shape)
+            dBs = torch.bmm(W.flatten(2), dS.mT)
+            through = W.mul_(du).sum(-1)
+            dsum -= through
+            dsum[:, -1] += through.sum(1)
+            # 4. inside each chunk
+            CB, dyh = torch.bmm(Cs, Bs.mT)[:, None], ChunkScan.heads(dys)
+            dM = torch.bmm(dyh, ChunkScan.heads(u).mT).view(L.shape).mul_(L)
+            dCB, M = dM.sum(1), L.mul_(CB)
+            du = du.mul_(onward).add_(torch.bmm(M.flatten(0, 1).mT, dyh).view(-1, h, q, p).transpose(1, 2))
+            dM *= CB
+            dsum += (dM.sum(3) - dM.sum(2)).mT
+            dC[:, s], dB[:, s] = (v.view(b, -1, *v.shape[1:]) for v in (dCs + dCB @ Bs, dBs + dCB.mT @ Cs))
+            ddt[:, s] = (du * xs).sum(-1).view(b, -1, q, h)
+            dda[:, s] = dsum.flip(1).cumsum(1).flip(1).view(b, -1, q, h)
+            dD += (dys * xs).view(b, -1, h, p).sum((1, 3))
+            torch.addcmul((du * dts[..., None]).view(b, -1, q, h, p), dy[:, s], D[:, None, None, :, None], out=dx[:, s])
+        return dx, ddt, dda, dB, dC, dD, None, dH if ctx.needs_input_grad[7] else None
 
 
 def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = None,
@@ -364,17 +389,18 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size:
 
     def rows(v: Tensor) -> Tensor:
         """(B, T, H or G, ...) -> (B * G, C, Q, H / G or 1, ...): each group a row of its own."""
-        v = F.pad(v.float(), (0, 0) * (v.dim() - 2) + (0, pad)).unflatten(2, (g, -1)).movedim(2, 1)
-        return v.reshape(b * g, -1, q, *v.shape[3:]).contiguous()
+        v = F.pad(v.float(), (0, 0) * (v.dim() - 2) + (0, pad)) if pad else v.float()
+        v = v.unflatten(2, (g, -1)).movedim(2, 1)
+        return v.reshape(b * g, -1, q, *v.shape[3:])
 
     if seq_idx is not None:
         seq_idx = torch.cat([seq_idx, seq_idx[:, -1:].expand(b, pad)], dim=1).repeat_interleave(g, 0).view(b * g, -1, q)
-    if initial_states is not None:  # (B, H, P, N) -> (B * G, N, H / G, P)
-        initial_states = initial_states.float().reshape(b * g, h // g, p, -1).permute(0, 3, 1, 2).contiguous()
+    if initial_states is not None:  # (B, H, P, N) -> (B * G, N, H / G * P)
+        initial_states = initial_states.float().reshape(b * g, h // g * p, -1).mT
     y, final = ChunkScan.apply(rows(x), rows(dt), rows(dt * A), rows(B).squeeze(3), rows(C).squeeze(3),
                                D.view(g, -1).repeat(b, 1), seq_idx, initial_states)
     y = y.view(b, g, t + pad, h // g, p)[:, :, :t].movedim(1, 2).reshape(b, t, h, p).to(x.dtype)
-    return (y, final.permute(0, 2, 3, 1).reshape(b, h, p, -1)) if return_final_states else y
+    return (y, final.mT.reshape(b, h, p, -1)) if return_final_states else y
 
 
 class Mamba2(nn.Module):
@@ -421,7 +447,7 @@ class Mamba2(nn.Module):
 
     def convolve(self, xbc: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         """Causal depthwise convolution and SiLU, (B, T, d_xbc) -> same."""
-        return CausalConv.apply(xbc, self.conv1d.weight[:, 0], self.conv1d.bias, seq_idx).to(xbc.dtype)
+        return CausalConv.apply(xbc, self.conv1d.weight[:, 0].T.contiguous(), self.conv1d.bias, seq_idx).to(xbc.dtype)
 
     def heads(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Convolved channels (..., d_xbc) as x (..., H, P), B and C (..., G, N)."""
@@ -449,6 +475,30 @@ class Mamba2(nn.Module):
         return ((state @ c[..., None])[..., 0] + self.D[:, None] * x).flatten(1)[:, None]
 
 
+class Gate(torch.autograd.Function):
+    """silu(gate) * up of (tokens, gate and up side by side), of which only these are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, both):
+        ctx.save_for_backward(both)
+        y = both.new_empty(len(both), both.shape[1] // 2)
+        for vs, ys in slabs(both, y):
+            gate, up = vs.chunk(2, dim=-1)
+            torch.mul(F.silu(gate), up, out=ys)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        (both,) = ctx.saved_tensors
+        dboth = torch.empty_like(both)
+        for vs, dys, ds in slabs(both, dy, dboth):
+            (gate, up), (dgate, dup) = vs.chunk(2, dim=-1), ds.chunk(2, dim=-1)
+            torch.mul(dys, F.silu(gate), out=dup)
+            torch.ops.aten.silu_backward.grad_input(dys * up, gate, grad_input=dgate)
+        return dboth
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate) * up), with gate and up in one product (Shazeer 2020)."""
 
@@ -458,8 +508,8 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        both = self.up(x)
+        return self.down(Gate.apply(both.flatten(0, -2)).view(*x.shape[:-1], -1))
 
 
 class Block(nn.Module):
