@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import importlib.util
@@ -51,6 +52,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100  # a target that carries no loss
 ROW, IN, OUT, END = 10, 11, 12, 13  # ARC tokens; 0-9 are the colours
@@ -87,6 +89,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     tie_embeddings: bool = True
+    document_token: int = -1  # tokens from this one on open a document that sees none before it; -1: no such token
     grid: bool = False  # ARC: positions and neighbourhoods recovered from the grid tokens
     n_tasks: int = 0  # ARC: tasks with a token of their own
 
@@ -195,6 +198,46 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+def same_document(documents: Tensor):
+    """FlexAttention's mask function: position i sees j where j is not later and of the same document."""
+    return lambda b, h, i, j: (i >= j) & (documents[b, i] == documents[b, j])
+
+
+@functools.cache
+def flex() -> tuple[Any, Any]:
+    """`flex_attention` and `create_block_mask`, compiled; uncompiled they would make (T, T) matrices."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    return torch.compile(flex_attention), torch.compile(create_block_mask)
+
+
+class Documents:
+    """Which positions of a batch may see each other: those of one document; ids (B, T) int64 ascend from 0."""
+
+    def __init__(self, ids: Tensor):
+        self.ids, (b, t), self.mask = ids, ids.shape, None
+        if ids.is_cuda:
+            self.mask = flex()[1](same_document(ids), b, None, t, t, device=ids.device)
+        elif ids.device.type == "cpu":
+            cuts = [[0, *(row.diff().nonzero()[:, 0] + 1).tolist(), t] for row in ids]
+            self.spans = [(i, slice(*ends)) for i, row in enumerate(cuts) for ends in itertools.pairwise(row)]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention inside each document, all (B, n_head, T, head_dim)."""
+        if self.mask is not None:
+            return flex()[0](q, k, v, block_mask=self.mask)
+        if self.ids.device.type != "cpu":
+            t = torch.arange(q.shape[2], device=q.device)
+            seen = same_document(self.ids)(torch.arange(len(q), device=q.device)[:, None, None], 0, t[:, None], t)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None])
+        parts: list[list[Tensor]] = [[] for _ in q]
+        for row, span in self.spans:
+            one = slice(row, row + 1)
+            args = (x[one, :, span] for x in (q, k, v))
+            parts[row].append(F.scaled_dot_product_attention(*args, is_causal=True))
+        return torch.cat([torch.cat(row, dim=2) for row in parts])
+
+
 class Attention(nn.Module):
     """Causal multi-head attention with rotary positions and, for decoding, a key/value cache."""
 
@@ -204,13 +247,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=False)
         self.out_proj = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None,
+                documents: Documents | None = None) -> Tensor:
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, -1)
         q, k = rotate(qkv[:, :, :2], rope).permute(2, 0, 3, 1, 4)  # 2 x (B, n_head, T, head_dim)
         v = qkv[:, :, 2].transpose(1, 2)
         if cache is None or not cache.stepping:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            if documents is None:
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            else:
+                y = documents.attend(q, k, v)
             if cache is not None:
                 room = (0, 0, 0, cache.capacity - T)
                 cache[self] = F.pad(k, room), F.pad(v, room)
@@ -527,9 +574,13 @@ class Block(nn.Module):
         self.mlp = SwiGLU(cfg.d_model, cfg.d_ff)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None,
+                documents: Documents | None = None) -> Tensor:
         h = self.norm1(x)
-        h = self.mixer(h, rope, cache=cache) if isinstance(self.mixer, Attention) else self.mixer(h, cache=cache)
+        if isinstance(self.mixer, Attention):
+            h = self.mixer(h, rope, cache, documents)
+        else:
+            h = self.mixer(h, documents and documents.ids, cache)
         x = x + self.dropout(h)
         return x + self.dropout(self.mlp(self.norm2(x)))
 
@@ -551,18 +602,20 @@ class GridLayout(NamedTuple):
     source_stride: Tensor
 
     @staticmethod
-    def of(tokens: Tensor) -> GridLayout:
-        """The layout of whole sequences, tokens (B, T)."""
+    def of(tokens: Tensor, documents: Tensor | None = None) -> GridLayout:
+        """The layout of whole sequences, tokens (B, T); each of the `documents` (B, T) starts anew."""
         index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        first = index == 0 if documents is None else F.pad(documents.diff(dim=1), (1, 0), value=1) > 0
         mark = (tokens == IN) | (tokens == OUT)
-        grid = mark.cumsum(1) - 1
-        start = torch.where(mark, index, -1).cummax(1).values
-        opened = start.clamp(min=0)
-        ends = (tokens == ROW).cumsum(1)
+        opened = torch.where(mark | first, index, 0).cummax(1).values  # where this grid, or else the document, begins
+        start = opened.masked_fill(~mark.gather(1, opened), -1)
+        grid, ends = mark.cumsum(1), (tokens == ROW).cumsum(1)
+        origin = torch.where(first, index, 0).cummax(1).values
+        grid = grid - grid.gather(1, origin) + mark.gather(1, origin).long() - 1
         row = ends - ends.gather(1, opened)
-        col = index - torch.where(mark | (tokens == ROW), index, 0).cummax(1).values
+        col = index - torch.where(mark | (tokens == ROW) | first, index, 0).cummax(1).values
         output = (tokens.gather(1, opened) == OUT).long()
-        source = start.gather(1, (opened - 1).clamp(min=0))
+        source = start.gather(1, (opened - 1).clamp(min=0)).masked_fill(opened == origin, -1)
         rows = ends.gather(1, opened) - ends.gather(1, source.clamp(min=0))
         stride = (opened - source - 1) // rows.clamp(min=1)
         return GridLayout(col, row, grid, start, output, source, rows, stride)
@@ -603,6 +656,41 @@ class GridLayout(NamedTuple):
         return torch.where(inside, cells, 10).clamp(max=10)
 
 
+class CrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy in nats of a linear head, a few rows at a time: the logits never exist as a whole.
+
+    Gradients are made on the way, while a row's logits are at hand, as Liger-Kernel (Hsu et al. 2024,
+    arXiv:2410.10989) does. hidden (tokens, D), weight (V, D), targets (tokens,) with IGNORE_INDEX.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        learns, few = any(ctx.needs_input_grad), max(1, 2 ** (22 if kind == "cpu" else 27) // len(weight))
+        w, count = weight.to(dtype), (targets != IGNORE_INDEX).sum()
+        dhidden, dweight = (torch.zeros_like(v) if learns else None for v in (hidden, weight))
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for i in range(0, len(hidden), few):
+            h, t = hidden[i : i + few].to(dtype), targets[i : i + few, None]
+            logp = (h @ w.T).float().log_softmax(-1)  # (rows, V)
+            real = t != IGNORE_INDEX
+            total -= logp.gather(1, t.clamp(min=0)).mul_(real).sum()
+            if learns:
+                d = logp.exp_().scatter_add_(1, t.clamp(min=0), -torch.ones_like(t, dtype=logp.dtype))
+                d = d.mul_(real / count).to(dtype)
+                dhidden[i : i + few] = d @ w
+                dweight += d.T @ h
+        ctx.save_for_backward(dhidden, dweight)
+        return total / count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss):
+        dhidden, dweight = ctx.saved_tensors
+        return dhidden * dloss, dweight * dloss, None
+
+
 class Cache(dict):
     """What decoding carries from token to token: the state of every mixer, and where every row stands."""
 
@@ -637,7 +725,7 @@ class GPT(nn.Module):
         super().__init__()
         if found := cfg.validate():
             raise ValueError("; ".join(found))
-        self.config = cfg
+        self.config, self.remat = cfg, False  # remat: make activations again in the backward pass, a block at a time
         self.embed = nn.Embedding(UNKNOWN_TASK + 1 + cfg.n_tasks if cfg.grid else cfg.vocab_size, cfg.d_model)
         if cfg.grid:
             self.embed_col, self.embed_row = nn.Embedding(32, cfg.d_model), nn.Embedding(32, cfg.d_model)
@@ -654,12 +742,21 @@ class GPT(nn.Module):
             self.head.weight = self.embed.weight
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """tokens (B, T) -> (B, T, D) after the last norm; with a stepping cache, the tokens appended last (B, 1)."""
-        stepping = cache is not None and cache.stepping
+        """tokens (B, T) -> (B, T, D) after the last norm; with a stepping cache, the tokens appended last (B, 1).
+
+        Prompts, which come with a cache, are one document each.
+        """
+        stepping, documents = cache is not None and cache.stepping, None
+        if cache is None and self.config.document_token >= 0:
+            opens = (tokens >= self.config.document_token).cumsum(1)
+            documents = Documents(opens - opens[:, :1])
         index = cache.index[:, None] if stepping else torch.arange(tokens.shape[1], device=tokens.device)[None]
         x = self.embed(tokens)
         if self.config.grid:
-            layout = cache.layout.advance(tokens[:, 0], cache.index) if stepping else GridLayout.of(tokens)
+            if stepping:
+                layout = cache.layout.advance(tokens[:, 0], cache.index)
+            else:
+                layout = GridLayout.of(tokens, documents and documents.ids)
             if cache is not None:
                 cache.layout = layout if stepping else layout.at(cache.lengths - 1)
             near = F.one_hot(layout.neighbourhood(cache.tokens if stepping else tokens), 11).flatten(2).to(x.dtype)
@@ -670,15 +767,19 @@ class GPT(nn.Module):
             positions = index[..., None]
         rope = rotary_angles(positions, self.config.d_model // self.config.n_head, self.config.rope_theta)
         for block in self.blocks:
-            x = block(x, rope, cache)
+            if self.remat and self.training:
+                x = checkpoint(block, x, rope, None, documents, use_reentrant=False)
+            else:
+                x = block(x, rope, cache, documents)
         return self.norm(x)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, T, V) and, given targets (B, T), the mean cross-entropy in nats over those not IGNORE_INDEX."""
-        logits = self.head(self.hidden(tokens))
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Logits (B, T, V) and no loss; or, given targets (B, T), the mean cross-entropy in nats over those that are
+        not IGNORE_INDEX, and no logits, which never exist as a whole."""
+        hidden = self.hidden(tokens)
         if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
+            return self.head(hidden), None
+        return None, CrossEntropy.apply(hidden.flatten(0, 1), self.head.weight, targets.flatten())
 
     @torch.no_grad()
     def stream(self, tokens: Tensor, lengths: Tensor | None = None, max_new_tokens: int = 128, stop: int = -1,

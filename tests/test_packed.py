@@ -1,0 +1,124 @@
+"""Several documents in a row: each is computed as if it were alone, by either mixer, in text and in grids; the loss
+in slabs is the plain loss; activations made again are the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_tasks, sequence, tiny_config, tiny_model
+
+from train import GPT, IGNORE_INDEX, UNKNOWN_TASK, CrossEntropy, Documents, GridLayout, same_document
+
+EOT = 60
+
+
+def grid_documents(seed: int, count: int) -> list[torch.Tensor]:
+    tasks = random_tasks(count, seed, pairs=(1, 3))
+    return [torch.from_numpy(sequence(t.pairs, UNKNOWN_TASK + i % 3)) for i, t in enumerate(tasks)]
+
+
+def text_documents(seed: int, count: int) -> list[torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    return [torch.from_numpy(np.append(EOT, rng.integers(0, EOT, int(n)))) for n in rng.integers(1, 60, count)]
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, as a share of the largest expected value."""
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+
+
+def model_that_resets(pattern: str, grid: bool) -> GPT:
+    model = tiny_model(pattern, grid)
+    model.config.document_token = UNKNOWN_TASK if grid else EOT
+    return model
+
+
+@pytest.mark.parametrize("pattern", ["MMMM", "AAAA", "MAMA"])
+@pytest.mark.parametrize("grid", [True, False])
+def test_packed_documents_are_computed_as_if_alone(pattern, grid):
+    documents = grid_documents(0, 5) if grid else text_documents(0, 7)
+    packed = torch.cat(documents)[None]
+    targets = packed.roll(-1).clamp(max=15)
+    model = model_that_resets(pattern, grid)
+    whole, separate = model.hidden(packed), [model.hidden(d[None]) for d in documents]
+    assert relative(whole, torch.cat(separate, dim=1)) < 1e-5
+    model(packed, targets)[1].backward()
+    together = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    first = 0
+    for d in documents:
+        t = targets[:, first : first + len(d)]
+        (model(d[None], t)[1] * len(d) / packed.numel()).backward()
+        first += len(d)
+    for one, (name, p) in zip(together, model.named_parameters(), strict=True):
+        assert relative(one, p.grad) < 1e-4, name
+
+
+def test_rows_pack_differently_and_what_follows_is_not_seen():
+    a, b, c, d = text_documents(1, 4)
+    model = model_that_resets("MAMA", False)
+    rows = [torch.cat([a, b]), torch.cat([c, d, a])]
+    n = max(map(len, rows))
+    x = torch.stack([F.pad(r, (0, n - len(r))) for r in rows])
+    h = model.hidden(x)
+    assert relative(h[0, len(a) : len(a) + len(b)], model.hidden(b[None])[0]) < 1e-5
+    assert relative(h[1, len(c) + len(d) : len(rows[1])], model.hidden(a[None])[0]) < 1e-5
+    model.config.document_token = -1
+    assert relative(model.hidden(x)[1, len(c) : len(c) + len(d)], model.hidden(d[None])[0]) > 1e-2
+
+
+def test_layout_of_packed_grids_is_that_of_each_alone():
+    documents = grid_documents(2, 4)
+    packed = torch.cat(documents)[None]
+    ids = ((packed >= UNKNOWN_TASK).cumsum(1) - 1).long()
+    layout, first = GridLayout.of(packed, ids), 0
+    near = layout.neighbourhood(packed)
+    for d in documents:
+        alone, span = GridLayout.of(d[None]), slice(first, first + len(d))
+        for name in ("col", "row", "grid", "output"):
+            assert torch.equal(getattr(layout, name)[:, span], getattr(alone, name)), name
+        assert torch.equal(near[:, span], alone.neighbourhood(d[None]))
+        first += len(d)
+
+
+def test_flex_attention_sees_what_the_segments_see():
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch.manual_seed(0)
+    ids = torch.stack([torch.arange(128) // 40, torch.arange(128) // 90])
+    q, k, v = torch.randn(3, 2, 2, 128, 16)
+    mask = create_block_mask(same_document(ids), 2, None, 128, 128, device="cpu")
+    torch.testing.assert_close(Documents(ids).attend(q, k, v), flex_attention(q, k, v, block_mask=mask))
+
+
+@pytest.mark.parametrize("rows, vocabulary", [(1, 7), (50, 16), (700, 9000)])
+def test_loss_in_slabs_is_the_plain_loss(rows, vocabulary):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(rows, 24, requires_grad=True), torch.randn(vocabulary, 24, requires_grad=True)
+    targets = torch.randint(0, vocabulary, (rows,))
+    targets[1::3] = IGNORE_INDEX
+    plain = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE_INDEX)
+    expected = torch.autograd.grad(3 * plain, (hidden, weight))
+    loss = CrossEntropy.apply(hidden, weight, targets)
+    found = torch.autograd.grad(3 * loss, (hidden, weight))
+    torch.testing.assert_close(loss, plain)
+    assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
+    with torch.no_grad():
+        torch.testing.assert_close(CrossEntropy.apply(hidden, weight, targets), plain)
+
+
+@pytest.mark.parametrize("grid", [True, False])
+def test_remat_changes_nothing(grid):
+    x = torch.cat(grid_documents(3, 2) if grid else text_documents(3, 5))[None]
+    grads = []
+    for remat in (False, True):
+        torch.manual_seed(0)
+        model = GPT(tiny_config("MAMA", grid, dropout=0.2))
+        model.remat = remat
+        torch.manual_seed(1)
+        model(x, x.clamp(max=15))[1].backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
