@@ -42,6 +42,7 @@ import sys
 import time
 import types
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -57,6 +58,7 @@ from torch.utils.checkpoint import checkpoint
 IGNORE_INDEX = -100  # a target that carries no loss
 ROW, IN, OUT, END = 10, 11, 12, 13  # ARC tokens; 0-9 are the colours
 ARC_VOCAB = 16  # what the head predicts: the fourteen above, padded
+END_OF_TEXT = 50256  # GPT-2's token before each document
 UNKNOWN_TASK = 16  # first token of a sequence whose task has no vector of its own; 17, 18, ... name tasks
 HERE = Path(__file__).resolve().parent
 
@@ -1082,6 +1084,9 @@ class ArcDataLoader(Loader):
     Rows of similar length share a batch: windows of `window` effective batches are sorted by length, and the batches
     shuffled afterwards. Evaluation (train=False): tasks as they stand, in order, only the last output supervised.
 
+    `packed`: a row holds as many sequences, one after another, as block_size does, and all rows are block_size long. A
+    model whose `document_token` is UNKNOWN_TASK keeps them apart.
+
     What is longer than block_size loses whole demonstrations (`dropped` counts them), never part of a grid; a task
     of which not even one pair fits is left out (`too_long` names it).
     """
@@ -1089,9 +1094,9 @@ class ArcDataLoader(Loader):
     window = 16
 
     def __init__(self, tasks: list[Task], batch_size: int, block_size: int, *, train: bool = True,
-                 task_tokens: dict[str, int] | None = None, **order: int):
+                 task_tokens: dict[str, int] | None = None, packed: bool = False, **order: int):
         super().__init__(batch_size, **order)
-        self.block_size, self.train, self.task_tokens = block_size, train, task_tokens or {}
+        self.block_size, self.train, self.task_tokens, self.packed = block_size, train, task_tokens or {}, packed
         turns = (0, 1) if train else (0,)
         must = [t.pairs if train else t.pairs[-1:] for t in tasks]  # one of these has to fit
         fits = [min(max(pair_length(p, turned) for turned in turns) for p in pairs) <= block_size for pairs in must]
@@ -1121,19 +1126,30 @@ class ArcDataLoader(Loader):
             total += lengths[keep]
         return pairs[keep:], symmetry, colours, token, total
 
-    def batches(self) -> list[list[int]]:
-        """Rows of the effective batches of this epoch, and the plans of their rows."""
-        self.plans = [self.plan(row) for row in range(len(self.tasks))]
+    def pack(self, tasks: list[int]) -> list[tuple[int, ...]]:
+        """Rows, each the tasks in it: every task goes into the first of the rows begun last that has room for it."""
+        rows: list[tuple[list[int], int]] = []  # tasks, tokens
+        for task in tasks:
+            length = self.plans[task][-1]
+            near = range(max(0, len(rows) - 64), len(rows))
+            i = next((i for i in near if rows[i][1] + length <= self.block_size * self.packed), len(rows))
+            row, used = rows[i] if i < len(rows) else ([], 0)
+            rows[i : i + 1] = [([*row, task], used + length)]
+        return [tuple(row) for row, _ in rows]
+
+    def batches(self) -> list[list[tuple[int, ...]]]:
+        """Rows of the effective batches of this epoch, each the tasks in it, and the plans of the tasks."""
+        self.plans = [self.plan(task) for task in range(len(self.tasks))]
         if not self.train:
-            return self.cut(range(len(self.tasks)))
+            return self.cut(self.pack(range(len(self.tasks))))
         rng = self.rng()
-        rows = rng.permutation(len(self.tasks)).tolist()
+        rows = self.pack(rng.permutation(len(self.tasks)).tolist())
         rows *= math.ceil(self.effective / len(rows))  # few tasks still fill one effective batch
         rows = rows[: len(rows) // self.effective * self.effective]
         found = []
         for i in range(0, len(rows), self.window * self.effective):
-            near = sorted(rows[i : i + self.window * self.effective], key=lambda row: self.plans[row][-1])
-            found += self.cut(near)
+            near = rows[i : i + self.window * self.effective]
+            found += self.cut(near if self.packed else sorted(near, key=lambda row: self.plans[row[0]][-1]))
         return [found[i] for i in rng.permutation(len(found))]
 
     def sequence(self, row: int) -> tuple[np.ndarray, np.ndarray]:
@@ -1149,15 +1165,16 @@ class ArcDataLoader(Loader):
         s, m = np.concatenate(tokens), np.concatenate(supervised)
         return s[:-1], np.where(m[1:], s[1:], IGNORE_INDEX)
 
-    def collate(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        sequences = [self.sequence(row) for row in rows]
-        x = np.zeros((len(rows), max(len(s) for s, _ in sequences)), np.int64)
+    def collate(self, rows: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        sequences = [[self.sequence(task) for task in row] for row in rows]
+        used = [sum(len(s) for s, _ in row) for row in sequences]
+        x = np.zeros((len(rows), self.block_size if self.packed else max(used)), np.int64)
         y = np.full(x.shape, IGNORE_INDEX, np.int64)
-        for i, (s, t) in enumerate(sequences):
-            x[i, : len(s)], y[i, : len(t)] = s, t
+        for i, row in enumerate(sequences):
+            x[i, : used[i]], y[i, : used[i]] = (np.concatenate(part) for part in zip(*row, strict=True))
         self.tokens += x.size
-        self.padding += x.size - sum(len(s) for s, _ in sequences)
-        self.dropped += sum(len(self.tasks[row].pairs) - len(self.plans[row][0]) for row in rows)
+        self.padding += x.size - sum(used)
+        self.dropped += sum(len(self.tasks[task].pairs) - len(self.plans[task][0]) for row in rows for task in row)
         return torch.from_numpy(x), torch.from_numpy(y)
 
 
@@ -1257,12 +1274,16 @@ class TrainConfig:
     max_grid: int = option(30, "arc: keep tasks whose grids are at most this many cells high and wide")
     demonstrations: str = option("both", "arc: learn from training tasks only, or also from the demonstrations of "
                                  "held-out and evaluation tasks (never from their answers)", "training", "both")
+    packed: bool = option(False, "arc: several tasks in a row of block_size tokens, which do not see each other, "
+                          "instead of one padded task a row (small and base do)")
+    reset_at_document: bool = option(False, "fineweb: no document sees the one before it")
     seed: int = option(0, "of weights, order and augmentation")
     device: str = option("auto", "where to compute", "auto", "cpu", "cuda", "mps")
     dtype: str = option("auto", "of matrix products; auto: bfloat16 on CUDA with capability >= 8.0, else float32",
                         "auto", "float32", "bfloat16")
     kernels: str = option("auto", "Mamba-2 scan: mamba-ssm's Triton kernels or PyTorch; auto: Triton on CUDA if it "
                           "loads", "auto", "triton", "torch")
+    remat: bool = option(False, "save memory, for about a third more time: make activations again in the backward pass")
     compile: bool = option(False, "torch.compile everything but the Mamba-2 mixers")
     eval_every: int = option(100, "steps between evaluations; 0: only at the end")
     save_every: int = option(100, "steps between checkpoints; 0: only at the end")
@@ -1297,8 +1318,8 @@ _LONG = dict(eval_every=500, save_every=500)
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "arc": {
         "nano": _ARC | _NANO | dict(pattern="MAMA", block_size=1024, max_grid=10),
-        "small": _ARC | _LONG | dict(d_model=512, pattern="MAMAMAMA", n_head=8, d_ff=1344),
-        "base": _ARC | _LONG | dict(d_model=768, pattern="MAMAMAMAMA", n_head=12, d_ff=2048),
+        "small": _ARC | _LONG | dict(packed=True, d_model=512, pattern="MAMAMAMA", n_head=8, d_ff=1344),
+        "base": _ARC | _LONG | dict(packed=True, d_model=768, pattern="MAMAMAMAMA", n_head=12, d_ff=2048),
     },
     "fineweb": {"nano": _NANO | dict(pattern="MMAM", batch_size=4), "gpt2": _LONG | dict(max_lr=1e-3)},
 }
@@ -1802,16 +1823,16 @@ def open_arc(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: 
     arc = load_arc(folder, cfg.holdout, cfg.max_grid, cfg.demonstrations)
     data = Data(train=None, val=None)
     data.tasks = [t.name for t in arc.tasks]
-    model_cfg.n_tasks = len(data.tasks)
-    data.train = ArcDataLoader(arc.tasks, cfg.batch_size, model_cfg.block_size, task_tokens=data.task_tokens, **order)
+    model_cfg.n_tasks, model_cfg.document_token = len(data.tasks), UNKNOWN_TASK if cfg.packed else -1
+    kind = dict(task_tokens=data.task_tokens, packed=cfg.packed)
+    data.train = ArcDataLoader(arc.tasks, cfg.batch_size, model_cfg.block_size, **kind, **order)
     data.pairs = sorted({canonical_hash(p) for t in data.train.tasks for p in t.pairs})
     unseen = [(q, answer) for q, answer in zip(arc.questions, arc.answers, strict=True)
               if canonical_hash((q.pairs[-1][0], answer)) not in data.pairs]  # what was shown proves nothing
     data.questions, data.answers = [q for q, _ in unseen], [answer for _, answer in unseen]
     if unseen:
         answered = [Task(q.name, [*q.pairs[:-1], (q.pairs[-1][0], answer)]) for q, answer in unseen]
-        data.val = ArcDataLoader(answered, cfg.batch_size, model_cfg.block_size, train=False,
-                                 task_tokens=data.task_tokens)
+        data.val = ArcDataLoader(answered, cfg.batch_size, model_cfg.block_size, train=False, **kind)
         seen = np.concatenate([encode_answer(p[1]) for t in data.train.tasks for p in t.pairs])
         data.unigram = unigram_loss(seen, np.concatenate([encode_answer(a) for a in data.answers]))
     count = sum(len(t.pairs) for t in data.train.tasks)
@@ -1830,6 +1851,7 @@ def open_arc(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: 
 def open_text(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: dict[str, int]) -> Data:
     """FineWeb-Edu loaders."""
     folder = Path(cfg.data_dir) if cfg.data_dir else HERE / "data"
+    model_cfg.document_token = END_OF_TEXT if cfg.reset_at_document else -1
     sizes = (cfg.batch_size, model_cfg.block_size, model_cfg.vocab_size)
     data = Data(train=FineWebLoader(folder, "train", *sizes, **order), val=FineWebLoader(folder, "val", *sizes))
     data.unigram = unigram_loss(data.train.shards[0][:2_000_000], data.val.shards[0][:2_000_000])
@@ -1900,6 +1922,31 @@ def next_batches(loader: Loader, iterator: Any) -> tuple[list[tuple[Tensor, Tens
     return batches, iterator
 
 
+class Ahead:
+    """The micro-batches of the next optimizer step, made on a thread while the device computes this one.
+
+    `state`, `tokens` and `padding` are the loader's after the step handed out last, which is what a checkpoint holds.
+    """
+
+    def __init__(self, loader: Loader, pinned: bool):
+        self.loader, self.iterator, self.pinned = loader, iter(loader), pinned
+        self.state, self.tokens, self.padding = loader.state_dict(), loader.tokens, loader.padding
+        self.thread = ThreadPoolExecutor(1)
+        self.coming = self.thread.submit(self.make)
+
+    def make(self) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Any], int, int]:
+        batches, self.iterator = next_batches(self.loader, self.iterator)
+        if self.pinned:
+            batches = [(x.pin_memory(), y.pin_memory()) for x, y in batches]
+        return batches, self.loader.state_dict(), self.loader.tokens, self.loader.padding
+
+    def take(self) -> list[tuple[Tensor, Tensor]]:
+        """The batches of one step; raises what the loader raised."""
+        batches, self.state, self.tokens, self.padding = self.coming.result()
+        self.coming = self.thread.submit(self.make)
+        return batches
+
+
 def warm_up(model: GPT, runtime: Runtime) -> None:
     """Have Triton compile and tune its kernels before the clock starts and before processes wait for each other."""
     if runtime.scan is ssd_scan:
@@ -1927,7 +1974,7 @@ def wrap(model: GPT, cfg: TrainConfig, runtime: Runtime) -> nn.Module:
     return network
 
 
-def snapshot(model: GPT, optimizers: Optimizers, ema: Any, loader: Loader, step: int, minutes: float,
+def snapshot(model: GPT, optimizers: Optimizers, ema: Any, loader: dict[str, Any], step: int, minutes: float,
              cfg: TrainConfig) -> dict[str, Any]:
     """Everything a resume needs, as plain tensors and containers; no tensor in it depends on the clock."""
     return {
@@ -1938,7 +1985,7 @@ def snapshot(model: GPT, optimizers: Optimizers, ema: Any, loader: Loader, step:
         "minutes": minutes,
         "rng": {"torch": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None},
-        "loader": loader.state_dict(),
+        "loader": loader,
         "config": {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(cfg)},
     }
 
@@ -2012,6 +2059,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
     data = open_data(model_cfg, cfg, runtime)
     torch.manual_seed(cfg.seed)
     model = GPT(model_cfg).to(runtime.device)
+    model.remat = cfg.remat
     for module in model.modules():
         if isinstance(module, Mamba2):
             module.scan = runtime.scan
@@ -2027,7 +2075,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
     warm_up(model, runtime)
     log = open_run(folder, model_cfg, cfg, data, step, before) if runtime.main else None
 
-    iterator, began, found = iter(data.train), time.monotonic(), {}
+    ahead, began, found = Ahead(data.train, runtime.device.type == "cuda"), time.monotonic(), {}
     bar = tqdm(total=1.0, disable=not runtime.main, miniters=0, mininterval=1 if sys.stderr.isatty() else 30,
                bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}")
     with bar, StopFlag() as stop:
@@ -2042,7 +2090,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
             if done or stopping or evaluates or due(step, cfg.save_every):
                 if runtime.main and step != saved:
                     save_checkpoint(folder / "checkpoint.pt",
-                                    snapshot(model, optimizers, ema, data.train, step, minutes, cfg))
+                                    snapshot(model, optimizers, ema, ahead.state, step, minutes, cfg))
                     saved = step
             if stopping:
                 break
@@ -2059,9 +2107,8 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
                 break
 
             # do one step of the optimization
-            start, tokens, padding = time.monotonic(), data.train.tokens, data.train.padding
-            batches, iterator = next_batches(data.train, iterator)
-            loss = accumulate(network, batches, runtime)
+            start, tokens, padding = time.monotonic(), ahead.tokens, ahead.padding
+            loss = accumulate(network, ahead.take(), runtime)
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
             if not math.isfinite(loss + norm):
                 raise DataError(f"step {step}: the loss is {loss}, the gradient norm {norm}; {folder} holds the last "
@@ -2073,12 +2120,12 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
                 ema.update_parameters(model)
             step += 1
             if runtime.main:
-                tokens, padding = data.train.tokens - tokens, data.train.padding - padding
+                tokens, padding = ahead.tokens - tokens, ahead.padding - padding
                 speed = (tokens - padding) * runtime.world / (time.monotonic() - start)
                 log.write(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=speed,
-                          padding=padding / tokens, epoch=data.train.epoch, minutes=minutes)
+                          padding=padding / tokens, epoch=ahead.state["epoch"], minutes=minutes)
                 bar.set_postfix_str(f"step {step}, loss {loss:.3f}, {speed:,.0f} tokens/s, "
-                                    f"padding {data.train.padding / data.train.tokens:.0%}", refresh=False)
+                                    f"padding {ahead.padding / ahead.tokens:.0%}", refresh=False)
                 bar.update(progress - bar.n)
     if runtime.main:
         log.close()
@@ -2097,7 +2144,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
 # == CLI ==============================================================================================================
 
 RESUMABLE = ("max_steps", "max_minutes", "eval_every", "save_every", "batch_size", "grad_accum_steps", "data_dir",
-             "device", "dtype", "kernels", "compile", "wandb")  # what a resume may change
+             "device", "dtype", "kernels", "remat", "compile", "wandb")  # what a resume may change
 
 
 class Parser(argparse.ArgumentParser):

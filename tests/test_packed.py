@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import random_tasks, sequence, tiny_config, tiny_model
 
-from train import GPT, IGNORE_INDEX, UNKNOWN_TASK, CrossEntropy, Documents, GridLayout, same_document
+from train import GPT, IGNORE_INDEX, UNKNOWN_TASK, ArcDataLoader, CrossEntropy, Documents, GridLayout, same_document
 
 EOT = 60
 
@@ -122,3 +122,36 @@ def test_remat_changes_nothing(grid):
         grads.append([p.grad for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)
+
+
+def parts(x: torch.Tensor, y: torch.Tensor) -> list[tuple[list[int], list[int]]]:
+    """The sequences in the rows of a batch, without padding, each as (x, y)."""
+    found = []
+    for tokens, targets in zip(x.tolist(), y.tolist(), strict=True):
+        opens = [i for i, t in enumerate(tokens) if t >= UNKNOWN_TASK]
+        last = max(i for i, t in enumerate(targets) if t != IGNORE_INDEX) + 1
+        found += [(tokens[a:b], targets[a:b]) for a, b in zip(opens, [*opens[1:], last], strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_packed_rows_hold_the_same_sequences_as_padded_ones(train):
+    tasks = random_tasks(60, seed=4)
+    tokens = {t.name: UNKNOWN_TASK + 1 + i for i, t in enumerate(tasks[::2])}
+    packed = ArcDataLoader(tasks, 1, 512, train=train, task_tokens=tokens, packed=True)
+    alone = ArcDataLoader(tasks, 1, 512, train=train, task_tokens=tokens)
+    for _ in range(2):  # epochs
+        batches, expected = list(packed), [part for x, y in alone for part in parts(x, y)]
+        assert all(x.shape == y.shape == (1, 512) for x, y in batches)
+        assert sorted(part for x, y in batches for part in parts(x, y)) == sorted(expected)
+        assert len(batches) < 0.6 * len(expected) and packed.padding < 0.15 * packed.tokens
+
+
+def test_packed_rows_are_other_companies_every_epoch():
+    tasks = random_tasks(40, seed=5)
+    loader = ArcDataLoader(tasks, 2, 512, task_tokens={t.name: 17 + i for i, t in enumerate(tasks)}, packed=True)
+    companies = []
+    for _ in range(2):
+        companies.append({row for batch in loader.batches() for row in batch})
+        list(loader)
+    assert len(companies[0] & companies[1]) < len(companies[0]) / 4

@@ -109,17 +109,18 @@ def assert_equal_runs(one, other):
     [
         ("arc", []),
         ("arc", ["--ema", "0.5", "--dropout", "0.2", "--grad-accum-steps", "2", "--batch-size", "2"]),
+        ("arc", ["--packed", "--remat", "--dropout", "0.2"]),
         ("fineweb", []),
         ("fineweb", ["--ema", "0.5", "--dropout", "0.2", "--optimizer", "adamw"]),
     ],
-    ids=["arc", "arc ema dropout accumulation", "fineweb", "fineweb ema dropout adamw"],
+    ids=["arc", "arc ema dropout accumulation", "arc packed", "fineweb", "fineweb ema dropout adamw"],
 )
 def test_a_stopped_run_goes_on_to_the_last_bit(kind, more, data, tmp_path, monkeypatch, quick):
     arguments = [*TINY, *data[kind], "--max-steps", "10", "--eval-every", "4", *more]
     stop_at(monkeypatch, None)
     assert run(*arguments, "--out-dir", tmp_path / "whole") == 0
     assert checkpoint(tmp_path / "whole")["step"] == 10
-    assert checkpoint(tmp_path / "whole")["loader"]["epoch"] == (1 if kind == "arc" else 0)
+    assert (checkpoint(tmp_path / "whole")["loader"]["epoch"] > 0) == (kind == "arc")
     for steps in ([3], [4, 7], [7, 8]):  # 4 and 8 evaluate; an ARC epoch ends after 7
         folder = tmp_path / f"stopped at {steps}"
         for i, step in enumerate(steps):
