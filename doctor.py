@@ -189,7 +189,7 @@ def look_at_kernels(report, torch):
             report.problem("train.py does not import", INSTALL, True)
         return
     try:
-        train.load_triton_scan()
+        train.load_triton()
         report.say("kernels", "load")
     except Exception as error:
         report.say("kernels", "do not load: " + reason(error))
@@ -197,7 +197,7 @@ def look_at_kernels(report, torch):
             report.problem("mamba-ssm's kernels do not load: training works, but slower", KERNELS)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu")
-    report.say("scan", f"{train.choose_scan('auto', device)[1]}, on {device.type}")
+    report.say("scan", f"{train.choose_kernels('auto', device).text}, on {device.type}")
 
 
 def look_at_data(report):

@@ -175,6 +175,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Norm of x (..., d), or of x * silu(z) when a gate z is given (Mamba-2's norm, `norm_before_gate=False`)."""
+        if x.device.type != "cpu":  # where one kernel does it, and torch.compile joins the rest
+            h = x.float() if z is None else x.float() * F.silu(z.float())
+            h = h.unflatten(-1, (self.groups, -1))
+            return (F.rms_norm(h, h.shape[-1:], eps=self.eps).flatten(-2) * self.weight).to(x.dtype)
         rows = (v if v is None else v.float().reshape(-1, v.shape[-1]) for v in (x, z))
         return Normalize.apply(*rows, self.weight, self.eps, self.groups).view(x.shape).to(x.dtype)
 
@@ -455,10 +459,11 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size:
 class Mamba2(nn.Module):
     """The Mamba-2 mixer. Parameter names, shapes and row order are those of `mamba_ssm.Mamba2`: either loads the other.
 
-    `scan` is `ssd_scan`, or upstream's Triton kernel with the same arguments (see `use_kernels`).
+    `scan` is `ssd_scan`, or upstream's Triton kernel with the same arguments; `fused` is upstream's kernel for all
+    between the projections, the last included, or None (see `Kernels`).
     """
 
-    scan = staticmethod(ssd_scan)
+    scan, fused = staticmethod(ssd_scan), None
 
     def __init__(self, d_model, d_state=64, d_conv=4, expand=2, headdim=64, ngroups=1, chunk_size=64, norm_eps=1e-5):
         super().__init__()
@@ -478,7 +483,14 @@ class Mamba2(nn.Module):
 
     def forward(self, u: Tensor, seq_idx: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """u (B, T, D) -> (B, T, D). With a cache: fill it from a padded prompt, or advance it by one token."""
-        z, xbc, dt = self.in_proj(u).split([self.d_inner, self.d_xbc, self.nheads], dim=-1)
+        zxbcdt = self.in_proj(u)
+        if self.fused and cache is None:
+            return self.fused(
+                zxbcdt, self.conv1d.weight[:, 0], self.conv1d.bias, self.dt_bias, -self.A_log.exp(), D=self.D,
+                chunk_size=self.chunk_size, seq_idx=seq_idx if seq_idx is None else seq_idx.int(),
+                rmsnorm_weight=self.norm.weight, rmsnorm_eps=self.norm.eps, outproj_weight=self.out_proj.weight,
+                headdim=self.headdim, ngroups=self.ngroups, norm_before_gate=False)
+        z, xbc, dt = zxbcdt.split([self.d_inner, self.d_xbc, self.nheads], dim=-1)
         with torch.autocast(u.device.type, enabled=False):
             if cache is None:
                 y = self.mix(self.convolve(xbc, seq_idx), dt, seq_idx)
@@ -558,7 +570,10 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         both = self.up(x)
-        return self.down(Gate.apply(both.flatten(0, -2)).view(*x.shape[:-1], -1))
+        if x.device.type == "cpu":
+            return self.down(Gate.apply(both.flatten(0, -2)).view(*x.shape[:-1], -1))
+        gate, up = both.chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -1545,11 +1560,25 @@ def load_config(folder: Path) -> tuple[ModelConfig, TrainConfig]:
 # == RUNTIME ==========================================================================================================
 
 
-def load_triton_scan() -> Any:
-    """Upstream's `mamba_chunk_scan_combined`, without upstream's compiled extensions.
+class Kernels(NamedTuple):
+    """What computes Mamba-2: the scan, upstream's fused kernel or None, and a line that says which and why."""
 
-    `import mamba_ssm` would load them, so an empty module with the package's path stands in for it. Raises whatever
-    keeps the kernels from loading.
+    scan: Any
+    fused: Any
+    text: str
+
+    def use(self, model: nn.Module) -> None:
+        """Have every Mamba-2 mixer of a model compute with these."""
+        for module in model.modules():
+            if isinstance(module, Mamba2):
+                module.scan, module.fused = self.scan, self.fused
+
+
+def load_triton() -> Kernels:
+    """Upstream's Triton kernels, without upstream's compiled extensions; the fused one if causal-conv1d is installed.
+
+    `import mamba_ssm` would load those extensions, so an empty module with the package's path stands in for it. Raises
+    whatever keeps the kernels from loading.
     """
     if "mamba_ssm" not in sys.modules:
         spec = importlib.util.find_spec("mamba_ssm")
@@ -1558,27 +1587,30 @@ def load_triton_scan() -> Any:
         package = types.ModuleType("mamba_ssm")
         package.__path__ = list(spec.submodule_search_locations)
         sys.modules["mamba_ssm"] = package
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    from mamba_ssm.ops.triton import ssd_combined as upstream
 
     def scan(*args, seq_idx=None, **kwargs):
-        return mamba_chunk_scan_combined(*args, seq_idx=seq_idx if seq_idx is None else seq_idx.int(), **kwargs)
+        seq_idx = seq_idx if seq_idx is None else seq_idx.int()
+        return upstream.mamba_chunk_scan_combined(*args, seq_idx=seq_idx, **kwargs)
 
-    return scan
+    if upstream.causal_conv1d_fwd_function is None:
+        return Kernels(scan, None, "mamba-ssm Triton kernels")
+    return Kernels(scan, upstream.mamba_split_conv1d_scan_combined, "mamba-ssm Triton kernels, fused (causal-conv1d)")
 
 
-def choose_scan(kernels: str, device: torch.device) -> tuple[Any, str]:
-    """The scan to run and a line that says which and why; ConfigError if `triton` is asked for and cannot be had."""
+def choose_kernels(kernels: str, device: torch.device) -> Kernels:
+    """What is to compute Mamba-2; ConfigError if `triton` is asked for and cannot be had."""
     if kernels == "torch" or (kernels == "auto" and device.type != "cuda"):
-        return ssd_scan, "PyTorch scan"
+        return Kernels(ssd_scan, None, "PyTorch scan")
     try:
         if device.type != "cuda":
             raise RuntimeError(f"Triton kernels need --device cuda, not {device.type}")
-        return load_triton_scan(), "mamba-ssm Triton kernels"
+        return load_triton()
     except Exception as error:  # a package built for another torch fails in many ways
         why = f"{type(error).__name__}: {reason(error)}"
         if kernels == "triton":
             raise ConfigError(f"--kernels triton: {why}") from None
-        return ssd_scan, f"PyTorch scan, slower than mamba-ssm's, which did not load: {why}"
+        return Kernels(ssd_scan, None, f"PyTorch scan, slower than mamba-ssm's, which did not load: {why}")
 
 
 @dataclass
@@ -1587,8 +1619,7 @@ class Runtime:
 
     device: torch.device
     dtype: torch.dtype
-    scan: Any
-    kernels: str
+    kernels: Kernels
     rank: int = 0
     world: int = 1
     local: int = 0  # rank among the processes of this machine
@@ -1604,12 +1635,12 @@ class Runtime:
         device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
         bf16 = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if bf16 else torch.float32
-        scan, kernels = choose_scan(cfg.kernels, device)
+        kernels = choose_kernels(cfg.kernels, device)
         if kind == "cuda":
             torch.cuda.set_device(device)
         if world > 1:
             torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=2))
-        return Runtime(device, dtype, scan, kernels, rank, world, local)
+        return Runtime(device, dtype, kernels, rank, world, local)
 
     @property
     def main(self) -> bool:
@@ -1647,7 +1678,8 @@ class Runtime:
         threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
         name = torch.cuda.get_device_name(self.device) if cuda else threads
         many = f"{self.world} x " if self.world > 1 else ""
-        return f"{many}{self.device.type} ({name}), {str(self.dtype)[6:]}, {self.kernels}, torch {torch.__version__}"
+        kind = f"{many}{self.device.type} ({name}), {str(self.dtype)[6:]}"
+        return f"{kind}, {self.kernels.text}, torch {torch.__version__}"
 
 
 class StopFlag:
@@ -1949,7 +1981,7 @@ class Ahead:
 
 def warm_up(model: GPT, runtime: Runtime) -> None:
     """Have Triton compile and tune its kernels before the clock starts and before processes wait for each other."""
-    if runtime.scan is ssd_scan:
+    if runtime.kernels.scan is ssd_scan:
         return
     runtime.say("            compiling the Triton kernels, which takes minutes the first time")
     tokens = torch.zeros(1, 512, dtype=torch.long, device=runtime.device)
@@ -2060,9 +2092,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
     torch.manual_seed(cfg.seed)
     model = GPT(model_cfg).to(runtime.device)
     model.remat = cfg.remat
-    for module in model.modules():
-        if isinstance(module, Mamba2):
-            module.scan = runtime.scan
+    runtime.kernels.use(model)
     optimizers, ema = Optimizers(model, cfg), make_ema(model, cfg.ema)
     step, before = restore(state, model, optimizers, ema, data.train) if state else (0, 0.0)
     saved, state = step if state else None, None  # the step of the last checkpoint; its tensors are not needed twice

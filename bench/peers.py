@@ -112,10 +112,7 @@ def measure(name: str, length: int, tokens: int, device: str, steps: int, decode
     model = build(name, length).to(device)
     mine = isinstance(model, train.GPT)
     if mine and device == "cuda":
-        scan = train.load_triton_scan()
-        for module in model.modules():
-            if isinstance(module, train.Mamba2):
-                module.scan = scan
+        train.load_triton().use(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     x = torch.randint(0, VOCAB, (max(1, tokens // length), length), device=device)
     cast = torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()

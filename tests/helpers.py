@@ -44,7 +44,7 @@ def tiny_model(pattern: str = "MAMA", grid: bool = False, seed: int = 0, **chang
 
 def runtime() -> train.Runtime:
     """One process on the CPU."""
-    return train.Runtime(torch.device("cpu"), torch.float32, train.ssd_scan, "PyTorch scan")
+    return train.Runtime(torch.device("cpu"), torch.float32, train.choose_kernels("torch", torch.device("cpu")))
 
 
 def random_grid(rng: np.random.Generator, largest: int = 6, smallest: int = 1) -> np.ndarray:

@@ -40,7 +40,7 @@ def cuda():
 def triton_scan(cuda):
     """Upstream's kernels, as train.py loads them."""
     try:
-        return train.load_triton_scan()
+        return train.load_triton().scan
     except Exception as error:
         unavailable(f"mamba-ssm's kernels do not load: {type(error).__name__}: {error}")
 

@@ -128,6 +128,23 @@ def test_upstream_layer(upstream_layers, name):
     assert_close(gradients, answer["gradients"], 5e-4)
 
 
+@pytest.mark.kernels
+def test_upstreams_fused_kernel():
+    """Our layer with everything between the projections, and the last one, handed to upstream; packed and not."""
+    asked = []
+    for packed in (False, True):
+        ours, options = layer(ngroups=1)
+        u, gradient = inputs(40, batch=1)
+        seq_idx = (torch.arange(40)[None] > 24).int() if packed else None
+        state = ours.state_dict()
+        asked.append({"options": options, "state_dict": state, "u": u, "gradient": gradient, "seq_idx": seq_idx})
+    for case, answer in zip(asked, upstream.kernels({"fused": asked})["fused"], strict=True):
+        assert "error" not in answer, answer["error"]
+        y, gradients = run(ours, case["u"], case["gradient"], functools.partial(ours, seq_idx=case["seq_idx"]))
+        assert relative_error(y, answer["y"]) <= 1e-4
+        assert_close(gradients, answer["gradients"], 5e-4)
+
+
 @pytest.mark.parametrize("bounds", ((0, 1, 2, 4, 30, 70), (0, 32, 64, 70), (0, 69, 70)), ids=("short", "edges", "last"))
 def test_packed_sequences_are_strangers(bounds):
     """Neither the scan nor the convolution looks back into the sequence before, nor do their gradients."""

@@ -127,18 +127,18 @@ def fresh_mamba(monkeypatch):
 def test_without_mamba_ssm(fresh_mamba):
     """On a GPU the PyTorch scan takes over and says why; asking for the kernels is an error."""
     fresh_mamba.setattr(importlib.util, "find_spec", lambda name: None)
-    scan, line = train.choose_scan("auto", torch.device("cuda"))
-    assert scan is train.ssd_scan and "ImportError: mamba-ssm is not installed" in line
+    scan, fused, line = train.choose_kernels("auto", torch.device("cuda"))
+    assert scan is train.ssd_scan and fused is None and "ImportError: mamba-ssm is not installed" in line
     with pytest.raises(train.ConfigError, match="--kernels triton: ImportError: mamba-ssm is not installed"):
-        train.choose_scan("triton", torch.device("cuda"))
+        train.choose_kernels("triton", torch.device("cuda"))
 
 
 @pytest.mark.parametrize("what", ["OSError('libcudart.so.13')", "AttributeError('autotune')", "AssertionError"])
 def test_with_a_broken_mamba_ssm(what, fresh_mamba, tmp_path):
     stand_in(tmp_path, "mamba_ssm.ops.triton.ssd_combined", f"raise {what}")
     fresh_mamba.syspath_prepend(tmp_path)
-    scan, line = train.choose_scan("auto", torch.device("cuda"))
-    assert scan is train.ssd_scan and what.split("(")[0] in line
+    scan, fused, line = train.choose_kernels("auto", torch.device("cuda"))
+    assert scan is train.ssd_scan and fused is None and what.split("(")[0] in line
 
 
 def in_a_child(config, loader):
@@ -201,7 +201,7 @@ def test_text_is_read_and_written_as_utf8():
     for path in [*sorted(ROOT.glob("*.py")), ROOT / "arc_data" / "prepare.py"]:
         for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if call := calls.search(line):
-                assert re.search(r'utf-8|"[rwa]b"', call[2]), f"{path.name}:{i} names no encoding: {line.strip()}"
+                assert re.search(r'utf-8|"[rwa]b\+?"', call[2]), f"{path.name}:{i} names no encoding: {line.strip()}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
