@@ -36,11 +36,13 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import types
+import zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -923,6 +925,7 @@ def canonical_hash(pair: Pair) -> str:
 # == DATA =============================================================================================================
 
 SHARE_EVALUATION_PAIRS = ("40853293", "caa06a1f")  # official ARC-1 training tasks that repeat pairs of evaluation tasks
+MOST_BAD = 5  # steps in a row without finite numbers that end a run
 TASK_DROPOUT = 0.3  # share of training sequences that do not say which task they belong to
 
 
@@ -1301,7 +1304,10 @@ class TrainConfig:
     remat: bool = option(False, "save memory, for about a third more time: make activations again in the backward pass")
     compile: bool = option(False, "torch.compile everything but the Mamba-2 mixers")
     eval_every: int = option(100, "steps between evaluations; 0: only at the end")
-    save_every: int = option(100, "steps between checkpoints; 0: only at the end")
+    save_every: int = option(100, "steps between checkpoints; 0: none by steps")
+    save_minutes: float = option(10.0, "minutes between checkpoints, whatever the steps; 0: none by minutes")
+    save_failure: str = option("stop", "when a checkpoint cannot be written, as on a full disk: stop, or warn and go "
+                               "on", "stop", "warn")
     wandb: bool = option(False, "also log to Weights & Biases (pip install wandb)")
     out_dir: str = option("", "run folder (default: the first free of runs/arc, runs/arc-2, …)")
 
@@ -1500,15 +1506,26 @@ def make_ema(model: GPT, share: float) -> torch.optim.swa_utils.AveragedModel | 
 
 
 @contextlib.contextmanager
-def replacing(path: Path):
-    """Write to a temporary name beside `path`; on leaving, flush to disk and rename, so that `path` is always whole."""
+def replacing(path: Path, check: Any = None):
+    """Write to a temporary name beside `path`; on leaving, flush to disk and rename, so that `path` is always whole.
+
+    The old file stays until the new one has passed `check(temporary)`; the folder is flushed after the rename.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if check:
+            check(temporary)
         os.replace(temporary, path)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1519,15 +1536,44 @@ def write_json(path: Path, value: Any) -> None:
         file.write(json.dumps(value, indent=1).encode())
 
 
+def check_content(path: Path) -> None:
+    """OSError unless a checkpoint's every record has the checksum that it was written with."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise OSError(f"cut off or damaged: {reason(error)}") from None
+    if bad:
+        raise OSError(f"damaged at {bad}")
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Plain tensors and containers, so that `torch.load(weights_only=True)` reads them."""
-    with replacing(path) as file:
-        torch.save(state, file)
+    """Plain tensors and containers, so that `torch.load(weights_only=True)` reads them; DataError where that fails.
+
+    The checkpoint before it stays in place until this one is on disk and has been read back.
+    """
+    try:
+        with replacing(path, check_content) as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # torch wraps what its file raises
+        needs, free = sum(t.nbytes for t in tensors_of(state)) / 1e6, shutil.disk_usage(path.parent).free / 1e6
+        raise DataError(f"{path}: cannot be written ({reason(error)}); it needs {needs:,.0f} MB where {free:,.0f} MB "
+                        "are free; the checkpoint before it is untouched") from None
+
+
+def tensors_of(value: Any):
+    """Every tensor in nested containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_of(part)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The last complete checkpoint of a run, on the CPU; DataError where it is none of ours."""
     try:
+        check_content(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"{path}: no checkpoint there; start the run again without --resume") from None
@@ -1623,6 +1669,7 @@ class Runtime:
     rank: int = 0
     world: int = 1
     local: int = 0  # rank among the processes of this machine
+    pieces: int = 1  # a micro-batch of the loader's is computed in so many, as memory has it
 
     @staticmethod
     def start(cfg: TrainConfig) -> Runtime:
@@ -1682,6 +1729,50 @@ class Runtime:
         return f"{kind}, {self.kernels.text}, torch {torch.__version__}"
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    said = any(text in str(error) for text in ("out of memory", "allocate memory"))
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and said
+
+
+def free_memory() -> float:
+    """Bytes of main memory that this process may still take; infinite where the system does not say (not Linux)."""
+    found = [math.inf]
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError):  # a container's limit, or "max"
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
+        found.append(limit - used)
+    return min(found)
+
+
+class Lock:
+    """Holds a run folder until this process ends, however it ends; ConfigError where another process holds it."""
+
+    def __init__(self, folder: Path):
+        nt = os.name == "nt"  # Windows has no locks on folders
+        self.held = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT) if nt else os.open(folder, os.O_RDONLY)
+        try:
+            if nt:
+                import msvcrt
+
+                msvcrt.locking(self.held, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            os.close(self.held)
+            raise ConfigError(f"--out-dir {folder}: another process is training there; name another folder") from None
+        except OSError:  # a file system without locks
+            pass
+
+    def close(self) -> None:
+        os.close(self.held)
+
+
 class StopFlag:
     """True once Ctrl-C or SIGTERM has come: the loop finishes its step and saves. A second Ctrl-C stops at once."""
 
@@ -1703,10 +1794,10 @@ class StopFlag:
 class MetricsLog:
     """`metrics.jsonl`, one object a line; a resume first drops the lines after the checkpoint's step."""
 
-    def __init__(self, path: Path, step: int, redo: bool, mirror: Any = None):
+    def __init__(self, path: Path, step: int, redo: bool, mirror: Any = None, held: Any = None):
         """Open for appending after `step`; `redo` also drops that step's evaluation, which will be made again.
 
-        `mirror`, a Weights & Biases run, gets every line as well.
+        `mirror`, a Weights & Biases run, gets every line as well; `held`, the folder's lock, is let go on closing.
         """
         kept = []
         if path.exists():
@@ -1717,16 +1808,25 @@ class MetricsLog:
                         kept.append(line + "\n")
         with replacing(path) as file:
             file.write("".join(kept).encode())
-        self.file, self.mirror = open(path, "a", encoding="utf-8"), mirror
+        self.file, self.mirror, self.held = open(path, "a", encoding="utf-8"), mirror, held
 
     def write(self, **values: Any) -> None:
-        self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+        """One line; numbers that are none, such as a loss that is not finite, become null."""
+        values = {k: v if not isinstance(v, float) else round(v, 6) if math.isfinite(v) else None
+                  for k, v in values.items()}
+        self.file.write(json.dumps(values) + "\n")
         self.file.flush()
         if self.mirror:
             self.mirror.log(values)
 
+    def sync(self) -> None:
+        """Have every line on disk: what a checkpoint is about to stand on."""
+        os.fsync(self.file.fileno())
+
     def close(self) -> None:
         self.file.close()
+        if self.held:
+            self.held.close()
         if self.mirror:
             self.mirror.finish()
 
@@ -1943,6 +2043,11 @@ def accumulate(network: nn.Module, batches: list[tuple[Tensor, Tensor]], runtime
     return mean.item()
 
 
+def cut(batches: list[tuple[Tensor, Tensor]], pieces: int) -> list[tuple[Tensor, Tensor]]:
+    """Micro-batches, each cut into so many of fewer rows."""
+    return [part for x, y in batches for part in zip(x.chunk(pieces), y.chunk(pieces), strict=True)]
+
+
 def next_batches(loader: Loader, iterator: Any) -> tuple[list[tuple[Tensor, Tensor]], Any]:
     """The micro-batches of one optimizer step, and the iterator to go on with: a new one where an epoch ended."""
     batches: list[tuple[Tensor, Tensor]] = []
@@ -1979,18 +2084,84 @@ class Ahead:
         return batches
 
 
-def warm_up(model: GPT, runtime: Runtime) -> None:
-    """Have Triton compile and tune its kernels before the clock starts and before processes wait for each other."""
-    if runtime.kernels.scan is ssd_scan:
-        return
-    runtime.say("            compiling the Triton kernels, which takes minutes the first time")
-    tokens = torch.zeros(1, 512, dtype=torch.long, device=runtime.device)
-    model.eval()
-    with runtime.autocast():
+def within_memory(work: Any, model: GPT, runtime: Runtime, rows: int) -> Any:
+    """work(), and again in smaller pieces for as long as memory runs out; `rows` are a micro-batch's sequences."""
+    while True:
+        try:
+            return work()
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error) or runtime.world > 1:  # other processes would wait for this one
+                raise
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        if runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+        relieve(model, runtime, rows)
+
+
+def relieve(model: GPT, runtime: Runtime, rows: int) -> None:
+    """Need less memory: half as many sequences at a time, then activations made again; ConfigError if that was all."""
+    if runtime.pieces < rows:
+        runtime.pieces *= 2
+    elif not model.remat:
+        model.remat = True
+    else:
+        raise ConfigError(f"one sequence of {model.config.block_size} tokens does not fit in memory, even with "
+                          "--remat; lower --block-size, --d-model or the number of layers")
+    again = ", activations made again in the backward pass (--remat)" if model.remat else ""
+    runtime.say(f"memory      too small for that: {math.ceil(rows / runtime.pieces)} sequences at a time{again}; the "
+                "effective batch stays as it is")
+
+
+def activation_bytes(model: GPT) -> int:
+    """What the backward pass of one sequence of block_size tokens keeps, apart from the weights; float32, measured."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    tokens = torch.zeros(1, model.config.block_size, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         loss = model(tokens, tokens)[1]
-    loss.backward()
+    del loss
+    return sum(size for where, size in kept.items() if where not in weights)
+
+
+def rehearse(model: GPT, optimizers: Optimizers, cfg: TrainConfig, runtime: Runtime) -> None:
+    """One step on the largest batch there can be, before the clock starts.
+
+    Triton's kernels are compiled and tuned here, before processes wait for each other, and micro-batches are cut until
+    they fit in memory. A CPU's process would be killed instead of told: there one sequence is measured and the rest
+    reckoned. Weights, optimizers and random numbers are left as they were; call it before a checkpoint is restored.
+    """
+    cuda, rows = runtime.device.type == "cuda", cfg.batch_size
+    with torch.random.fork_rng([runtime.device] if cuda else []):
+        if runtime.device.type == "cpu":
+            weights = sum(p.nbytes for p in model.parameters())
+            room = free_memory() - 4 * weights  # gradients, two numbers a weight of the optimizers', transients
+            one = activation_bytes(model)
+            while math.ceil(rows / runtime.pieces) * one * 1.5 > room:
+                relieve(model, runtime, rows)
+                one = activation_bytes(model)
+        else:
+            if runtime.kernels.scan is not ssd_scan:
+                runtime.say("            compiling the Triton kernels, which takes minutes the first time")
+            tokens = torch.zeros(rows, model.config.block_size, dtype=torch.long)
+            alone = dataclasses.replace(runtime, world=1)
+            buckets = [torch.empty_like(p) for p in model.parameters()] if runtime.world > 1 else []
+
+            def step() -> None:
+                accumulate(model, cut([(tokens, tokens)], alone.pieces), alone)
+                optimizers.step(0.0)
+
+            within_memory(step, model, alone, rows)
+            del buckets
+            runtime.pieces = int(runtime.agree(alone.pieces)[0])
+    for optimizer in optimizers.all:
+        optimizer.state.clear()
     model.zero_grad(set_to_none=True)
-    model.train()
 
 
 def wrap(model: GPT, cfg: TrainConfig, runtime: Runtime) -> nn.Module:
@@ -2007,7 +2178,7 @@ def wrap(model: GPT, cfg: TrainConfig, runtime: Runtime) -> nn.Module:
 
 
 def snapshot(model: GPT, optimizers: Optimizers, ema: Any, loader: dict[str, Any], step: int, minutes: float,
-             cfg: TrainConfig) -> dict[str, Any]:
+             skipped: int, cfg: TrainConfig) -> dict[str, Any]:
     """Everything a resume needs, as plain tensors and containers; no tensor in it depends on the clock."""
     return {
         "model": model.state_dict(),
@@ -2015,6 +2186,7 @@ def snapshot(model: GPT, optimizers: Optimizers, ema: Any, loader: dict[str, Any
         "ema": ema.state_dict() if ema else None,
         "step": step,
         "minutes": minutes,
+        "skipped": skipped,
         "rng": {"torch": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None},
         "loader": loader,
@@ -2022,8 +2194,8 @@ def snapshot(model: GPT, optimizers: Optimizers, ema: Any, loader: dict[str, Any
     }
 
 
-def restore(state: dict, model: GPT, optimizers: Optimizers, ema: Any, loader: Loader) -> tuple[int, float]:
-    """Undo `snapshot`: returns the step and the minutes already spent. DataError where the checkpoint does not fit."""
+def restore(state: dict, model: GPT, optimizers: Optimizers, ema: Any, loader: Loader) -> tuple[int, float, int]:
+    """Undo `snapshot`: step, minutes spent and steps skipped. DataError where the checkpoint does not fit."""
     try:
         model.load_state_dict(state["model"])
         optimizers.load_state_dict(state["optimizer"])
@@ -2033,7 +2205,7 @@ def restore(state: dict, model: GPT, optimizers: Optimizers, ema: Any, loader: L
         torch.set_rng_state(state["rng"]["torch"])
         if torch.cuda.is_initialized() and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
-        return int(state["step"]), float(state["minutes"])
+        return int(state["step"]), float(state["minutes"]), int(state["skipped"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"checkpoint.pt does not fit the run's settings and data ({reason(error)})") from None
 
@@ -2055,18 +2227,20 @@ def open_run(folder: Path, model_cfg: ModelConfig, cfg: TrainConfig, data: Data,
     mirror = open_wandb(folder, config) if cfg.wandb else None
     try:
         folder.mkdir(parents=True, exist_ok=bool(cfg.out_dir or cfg.wandb))  # a free name may be taken by now
+        held = Lock(folder)
         write_json(folder / "config.json", config)
         write_json(folder / "supervised_pairs.json", data.pairs)
         again = spent(cfg, step, minutes) >= 1 or due(step, cfg.eval_every)
-        return MetricsLog(folder / "metrics.jsonl", step, redo=again, mirror=mirror)
+        return MetricsLog(folder / "metrics.jsonl", step, redo=again, mirror=mirror, held=held)
     except OSError as error:
         raise ConfigError(f"--out-dir {folder}: cannot be written ({reason(error)})") from None
 
 
-def finish(folder: Path, data: Data, found: dict[str, float], step: int, minutes: float) -> None:
+def finish(folder: Path, data: Data, found: dict[str, float], step: int, minutes: float, skipped: int) -> None:
     """The summary, which `grep` finds, and the pictures."""
     print("---")
-    for name, value in {"steps": step, "minutes": minutes, **found, "unigram_loss": data.unigram}.items():
+    first = {"steps": step, "minutes": minutes} | ({"skipped": skipped} if skipped else {})
+    for name, value in {**first, **found, "unigram_loss": data.unigram}.items():
         print(f"{name + ':':<18}{value:.4f}" if isinstance(value, float) else f"{name + ':':<18}{value}")
     if data.questions:
         solved = round(found["solve_rate"] * len(data.answers))
@@ -2082,6 +2256,16 @@ def finish(folder: Path, data: Data, found: dict[str, float], step: int, minutes
         print(f"{'picture:':<18}none ({reason(error)})")
 
 
+def save(folder: Path, state: dict[str, Any], cfg: TrainConfig, bar: Any) -> None:
+    """Write the checkpoint; where that fails, stop (DataError) or warn, as --save-failure has it."""
+    try:
+        save_checkpoint(folder / "checkpoint.pt", state)
+    except DataError as error:
+        if cfg.save_failure == "stop":
+            raise
+        bar.write(f"warning     step {state['step']}: {error}", file=sys.stderr)
+
+
 def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[str, Any] | None = None) -> None:
     """Train in `folder` until the budget is spent or a signal comes; `state` is the checkpoint to go on from."""
     from tqdm import tqdm
@@ -2094,21 +2278,21 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
     model.remat = cfg.remat
     runtime.kernels.use(model)
     optimizers, ema = Optimizers(model, cfg), make_ema(model, cfg.ema)
-    step, before = restore(state, model, optimizers, ema, data.train) if state else (0, 0.0)
-    saved, state = step if state else None, None  # the step of the last checkpoint; its tensors are not needed twice
-    if runtime.rank:  # dropout differs between processes
-        torch.manual_seed(hash((cfg.seed, runtime.rank, step)))
-    network, averaged = wrap(model, cfg, runtime), ema.module if ema else model
     size = sum(p.numel() for p in model.parameters())
     runtime.say(f"model       {size:,} parameters, {model_cfg.pattern}; effective batch {data.train.effective} x up to "
                 f"{model_cfg.block_size} tokens; {cfg.optimizer} at {cfg.max_lr:g}")
-    warm_up(model, runtime)
+    rehearse(model, optimizers, cfg, runtime)
+    step, before, skipped = restore(state, model, optimizers, ema, data.train) if state else (0, 0.0, 0)
+    saved, saved_at, state = step if state else None, before, None  # the last checkpoint's step and minutes
+    if runtime.rank:  # dropout differs between processes
+        torch.manual_seed(hash((cfg.seed, runtime.rank, step)))
+    network, averaged = wrap(model, cfg, runtime), ema.module if ema else model
     log = open_run(folder, model_cfg, cfg, data, step, before) if runtime.main else None
 
-    ahead, began, found = Ahead(data.train, runtime.device.type == "cuda"), time.monotonic(), {}
+    ahead, began, found, bad = Ahead(data.train, runtime.device.type == "cuda"), time.monotonic(), {}, 0
     bar = tqdm(total=1.0, disable=not runtime.main, miniters=0, mininterval=1 if sys.stderr.isatty() else 30,
                bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}")
-    with bar, StopFlag() as stop:
+    with bar, StopFlag() as stop, contextlib.closing(log) if log else contextlib.nullcontext():
         while True:
             minutes = before + (time.monotonic() - began) / 60
             minutes, stopping = runtime.agree(minutes, stop.up)
@@ -2117,11 +2301,12 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
             evaluates = not stopping and (done or (step > 0 and due(step, cfg.eval_every)))
 
             # once in a while save: at the start, and before every evaluation, which may take long
-            if done or stopping or evaluates or due(step, cfg.save_every):
+            late = cfg.save_minutes and minutes - saved_at >= cfg.save_minutes
+            if done or stopping or evaluates or late or due(step, cfg.save_every):
                 if runtime.main and step != saved:
-                    save_checkpoint(folder / "checkpoint.pt",
-                                    snapshot(model, optimizers, ema, ahead.state, step, minutes, cfg))
-                    saved = step
+                    log.sync()
+                    save(folder, snapshot(model, optimizers, ema, ahead.state, step, minutes, skipped, cfg), cfg, bar)
+                saved, saved_at = step, minutes
             if stopping:
                 break
 
@@ -2136,34 +2321,37 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
             if done:
                 break
 
-            # do one step of the optimization
-            start, tokens, padding = time.monotonic(), ahead.tokens, ahead.padding
-            loss = accumulate(network, ahead.take(), runtime)
+            # do one step of the optimization, unless its numbers are none
+            start, tokens, padding, batches = time.monotonic(), ahead.tokens, ahead.padding, ahead.take()
+            loss = within_memory(lambda batches=batches: accumulate(network, cut(batches, runtime.pieces), runtime),
+                                 model, runtime, cfg.batch_size)
             norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
-            if not math.isfinite(loss + norm):
-                raise DataError(f"step {step}: the loss is {loss}, the gradient norm {norm}; {folder} holds the last "
-                                "checkpoint, but it is better to start again with a lower --max-lr")
             lr = cfg.max_lr * schedule(progress, cfg.warmup_frac, cfg.decay_frac)
-            optimizers.step(lr)
+            bad = 0 if math.isfinite(loss + norm) else bad + 1
+            if not bad:
+                optimizers.step(lr)
+                if ema:
+                    ema.update_parameters(model)
+            skipped += bad > 0
             model.zero_grad(set_to_none=True)
-            if ema:
-                ema.update_parameters(model)
             step += 1
             if runtime.main:
                 tokens, padding = ahead.tokens - tokens, ahead.padding - padding
                 speed = (tokens - padding) * runtime.world / (time.monotonic() - start)
                 log.write(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=speed,
-                          padding=padding / tokens, epoch=ahead.state["epoch"], minutes=minutes)
+                          padding=padding / tokens, epoch=ahead.state["epoch"], minutes=minutes,
+                          **({"skipped": skipped} if bad else {}))
                 bar.set_postfix_str(f"step {step}, loss {loss:.3f}, {speed:,.0f} tokens/s, "
                                     f"padding {ahead.padding / ahead.tokens:.0%}", refresh=False)
                 bar.update(progress - bar.n)
-    if runtime.main:
-        log.close()
+            if bad == MOST_BAD:
+                raise DataError(f"step {step}: loss or gradient were not finite {bad} times in a row; {folder} holds "
+                                f"step {saved}; start again with a lower --max-lr, or resume from there")
     if runtime.main and stopping:
         again = f"python train.py --out-dir {shlex.quote(str(folder))} --resume"
         print(f"stopped at step {step} and saved; to go on: {again}")
     elif runtime.main:
-        finish(folder, data, found, step, minutes)
+        finish(folder, data, found, step, minutes, skipped)
     if runtime.world > 1:  # leave together, and before the interpreter takes the gradient buckets apart
         runtime.agree(0)
         del network
@@ -2247,12 +2435,21 @@ def main(argv: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"train.py: {line}", file=sys.stderr)
         return 2
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise
-        remedy = "lower --batch-size, --block-size or --d-model"
-        print(f"train.py: out of memory ({reason(error)}); {remedy}", file=sys.stderr)
+    except OSError as error:  # a full or vanished disk
+        print(f"train.py: {error.filename or 'a file'}: {error.strerror or reason(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train.py: stopped at once; the last checkpoint is whole", file=sys.stderr)
+        return 130
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            print(f"train.py: out of memory ({reason(error)}); lower --block-size or --d-model", file=sys.stderr)
+            return 2
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and ("peer" in str(error) or "NCCL" in str(error)):
+            print(f"train.py: another process of this run is gone ({reason(error)}); start again with --resume",
+                  file=sys.stderr)
+            return 1
+        raise
     return 0
 
 

@@ -146,8 +146,7 @@ def test_a_crashed_run_goes_on_from_its_last_checkpoint(data, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(Optimizers, "step", crash)
-        with pytest.raises(KeyboardInterrupt):
-            run(*arguments, "--out-dir", tmp_path / "crashed")
+        assert run(*arguments, "--out-dir", tmp_path / "crashed") == 130
     assert checkpoint(tmp_path / "crashed")["step"] == 4 and metrics(tmp_path / "crashed")[-1]["step"] == 5
     with open(tmp_path / "crashed" / "metrics.jsonl", "a") as log:
         log.write('{"step": 6, "lo')  # torn
@@ -495,11 +494,30 @@ def test_average_is_what_is_evaluated(data, tmp_path, quick):
     assert average > plain
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_advice(data, tmp_path, monkeypatch, capsys, quick):
+def test_numbers_that_are_none_skip_their_step_and_five_in_a_row_end_the_run(
+    data, tmp_path, monkeypatch, capsys, quick
+):
+    """Steps 3 and 6 to 10 have a gradient that is not finite; what they leave behind is what the steps before left."""
     stop_at(monkeypatch, None)
-    monkeypatch.setattr(train, "accumulate", lambda *_: float("nan"))
-    assert run(*TINY, *data["fineweb"], "--max-steps", "3", "--out-dir", tmp_path / "run") == 2
-    assert "--max-lr" in capsys.readouterr().err
+    plain, made = train.accumulate, []
+
+    def poisoned(network, *rest):
+        loss = plain(network, *rest)
+        made.append([p.detach().clone() for p in network.parameters()])
+        if len(made) in (3, 6, 7, 8, 9, 10):
+            next(network.parameters()).grad[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(train, "accumulate", poisoned)
+    assert run(*TINY, *data["fineweb"], "--max-steps", "12", "--save-every", "2", "--out-dir", tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert "5 times in a row" in said and "step 8" in said and "--max-lr" in said
+    lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    assert [line["step"] for line in lines if line["grad_norm"] is None] == [3, 6, 7, 8, 9, 10]
+    assert [line["skipped"] for line in lines if "skipped" in line] == [1, 2, 3, 4, 5, 6]
+    same = [all(torch.equal(a, b) for a, b in zip(one, other, strict=True)) for one, other in itertools.pairwise(made)]
+    assert same == [step in (3, 6, 7, 8, 9) for step in range(1, 10)]
+    assert checkpoint(tmp_path / "run")["step"] == 8 and checkpoint(tmp_path / "run")["skipped"] == 4
 
 
 def test_a_resume_with_the_other_budget_goes_on(quick, data, tmp_path):
