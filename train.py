@@ -686,7 +686,7 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        learns, few = any(ctx.needs_input_grad), max(1, 2 ** (22 if kind == "cpu" else 27) // len(weight))
+        learns, few = any(ctx.needs_input_grad), max(1, 2 ** (24 if kind == "cpu" else 27) // len(weight))
         w, count = weight.to(dtype), (targets != IGNORE_INDEX).sum()
         dhidden, dweight = (torch.zeros_like(v) if learns else None for v in (hidden, weight))
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -699,7 +699,7 @@ class CrossEntropy(torch.autograd.Function):
                 d = logp.exp_().scatter_add_(1, t.clamp(min=0), -torch.ones_like(t, dtype=logp.dtype))
                 d = d.mul_(real / count).to(dtype)
                 dhidden[i : i + few] = d @ w
-                dweight += d.T @ h
+                dweight.addmm_(d.T, h) if dtype == dweight.dtype else dweight.add_(d.T @ h)
         ctx.save_for_backward(dhidden, dweight)
         return total / count
 
@@ -1212,6 +1212,29 @@ def read_shard(path: Path) -> np.ndarray:
         return np.memmap(path, dtype="<u2", mode="r", offset=1024)
     except Exception as error:  # numpy raises many kinds for damaged files
         raise DataError(f"{path}: not a whole token shard ({reason(error)}); make or fetch it again") from None
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What data/prepare.py wrote about its shards in meta.json; empty where shards came without. DataError if damaged.
+
+    Checked here is what is cheap: that every shard named is there with as many bytes as it should have.
+    """
+    path = folder / "meta.json"
+    if not path.exists():
+        return {}
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        sizes = {folder / shard["name"]: int(shard["bytes"]) for shard in meta["shards"]}
+        if not 0 < int(meta["end_of_text"]) < int(meta["vocab_size"]) <= 65536:
+            raise ValueError(f"a vocabulary of {meta['vocab_size']} with end of text {meta['end_of_text']}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: does not describe shards ({reason(error)}); make them again with data/prepare.py, "
+                        "or remove it") from None
+    for file, size in sizes.items():
+        if not file.is_file() or file.stat().st_size != size:
+            raise DataError(f"{file}: missing, or not the {size:,} bytes that meta.json names; data/prepare.py, "
+                            "started again, mends it")
+    return meta
 
 
 class FineWebLoader(Loader):
@@ -1938,6 +1961,8 @@ class Data:
     answers: list[Grid] = field(default_factory=list)
     pairs: list[str] = field(default_factory=list)  # canonical hashes of every pair that may be supervised
     unigram: float = math.nan  # validation loss of the best model without context
+    bytes_per_token: float = math.nan  # text: of the validation shard
+    tokenizer: Any = None  # text: tiktoken's, where its vocabulary can be had
 
     @property
     def task_tokens(self) -> dict[str, int]:
@@ -1983,14 +2008,32 @@ def open_arc(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: 
 def open_text(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: dict[str, int]) -> Data:
     """FineWeb-Edu loaders."""
     folder = Path(cfg.data_dir) if cfg.data_dir else HERE / "data"
-    model_cfg.document_token = END_OF_TEXT if cfg.reset_at_document else -1
+    meta = read_meta(folder)
+    model_cfg.vocab_size = math.ceil(meta.get("vocab_size", model_cfg.vocab_size) / 128) * 128
+    model_cfg.document_token = meta.get("end_of_text", END_OF_TEXT) if cfg.reset_at_document else -1
     sizes = (cfg.batch_size, model_cfg.block_size, model_cfg.vocab_size)
     data = Data(train=FineWebLoader(folder, "train", *sizes, **order), val=FineWebLoader(folder, "val", *sizes))
     data.unigram = unigram_loss(data.train.shards[0][:2_000_000], data.val.shards[0][:2_000_000])
     counts = [f"{sum(map(len, loader.shards)):,}" for loader in (data.train, data.val)]
     runtime.say(f"data        {folder}: {counts[0]} training and {counts[1]} validation tokens in "
                 f"{len(data.train.files)} + {len(data.val.files)} shards")
+    if meta:
+        open_tokenizer(data, meta["tokenizer"], runtime)
     return data
+
+
+def open_tokenizer(data: Data, name: str, runtime: Runtime) -> None:
+    """Give `data` the tokenizer of its shards, and count the bytes of the validation shard; says what it lacks."""
+    try:
+        from data.prepare import PrepareError, load_tokenizer
+
+        data.tokenizer = load_tokenizer(name)
+    except (ImportError, PrepareError) as error:
+        runtime.say(f"            no bits per byte and no samples: {error}")
+        return
+    lengths = [len(data.tokenizer.decode_single_token_bytes(i)) for i in range(data.tokenizer.n_vocab - 1)]
+    seen = data.val.shards[0][:2_000_000]
+    data.bytes_per_token = float(np.array([*lengths, 0])[seen].mean())  # the last token is end-of-text
 
 
 def open_data(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime) -> Data:
@@ -1999,13 +2042,30 @@ def open_data(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime) -> Dat
     return (open_arc if cfg.dataset == "arc" else open_text)(model_cfg, cfg, runtime, order)
 
 
-def evaluate(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder: Path) -> dict[str, float]:
-    """Validation loss and, for ARC, solve rate, shape and cell accuracy; the answers go to `predictions.json`."""
+def continue_text(model: GPT, data: Data, runtime: Runtime) -> str:
+    """The first 24 tokens of the validation shard and 48 drawn behind them, the same draw every time."""
+    prompt, generator = data.val.shards[0][:24].astype(np.int64), torch.Generator().manual_seed(0)
+
+    def choose(logp: Tensor) -> Tensor:
+        p = (logp[:, : data.tokenizer.n_vocab].cpu() / 0.8).softmax(-1)
+        return torch.multinomial(p, 1, generator=generator)[:, 0].to(logp.device)
+
+    with runtime.autocast():
+        new, _ = model.generate(torch.from_numpy(prompt)[None].to(runtime.device), max_new_tokens=48, choose=choose)
+    return " | ".join(data.tokenizer.decode(tokens) for tokens in (prompt.tolist(), new[0].tolist()))
+
+
+def evaluate(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder: Path) -> dict[str, Any]:
+    """Validation loss; for ARC, solve rate, shape and cell accuracy, with the answers in `predictions.json`; for text,
+    bits per byte and a sample, where the tokenizer is at hand."""
     if data.val is None:
         return {}
     model.eval()
     batches = 1_000_000 if data.questions else math.ceil(128 / cfg.batch_size)  # all questions, or 128 windows of text
-    found = {"val_loss": validation_loss(model, data.val, runtime, batches)}
+    found: dict[str, Any] = {"val_loss": validation_loss(model, data.val, runtime, batches)}
+    if data.tokenizer:
+        found["bits_per_byte"] = found["val_loss"] / math.log(2) / data.bytes_per_token
+        found["sample"] = continue_text(model, data, runtime)
     if data.questions:
         prompts = [make_prompt(task, model.config.block_size, data.task_tokens) for task in data.questions]
         longest = cfg.max_grid * (cfg.max_grid + 1) + 1
@@ -2241,7 +2301,7 @@ def finish(folder: Path, data: Data, found: dict[str, float], step: int, minutes
     print("---")
     first = {"steps": step, "minutes": minutes} | ({"skipped": skipped} if skipped else {})
     for name, value in {**first, **found, "unigram_loss": data.unigram}.items():
-        print(f"{name + ':':<18}{value:.4f}" if isinstance(value, float) else f"{name + ':':<18}{value}")
+        print(f"{name + ':':<18}{value:.4f}" if isinstance(value, float) else f"{name + ':':<18}{value!r}")
     if data.questions:
         solved = round(found["solve_rate"] * len(data.answers))
         print(f"{'solved:':<18}{solved} of {len(data.answers)} held-out test outputs, exactly, first try")
@@ -2315,7 +2375,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
                 if runtime.main:
                     found = evaluate(averaged, data, cfg, runtime, folder)
                     log.write(step=step, minutes=minutes, **found)
-                    shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+                    shown = "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"\n{v!r}" for k, v in found.items())
                     bar.write(f"step {step:>6}  {minutes:5.1f} min  {shown}")
                 runtime.agree(0)  # the others wait
             if done:
