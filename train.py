@@ -35,6 +35,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -949,6 +950,11 @@ class Task(NamedTuple):
         return max(side for pair in self.pairs for g in pair if g is not None for side in g.shape)
 
 
+def origin(name: str) -> str:
+    """The task that a generated one stands for: arc_data/prepare.py names those `<task>-r000`, `<task>-r001`, ..."""
+    return re.sub(r"-r\d{3,}$", "", name)
+
+
 def read_grid(value: Any, where: str) -> Grid:
     """A grid out of parsed JSON, or DataError."""
     if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
@@ -1012,10 +1018,11 @@ def load_arc(folder: Path, holdout: int, max_grid: int, demonstrations: str) -> 
     training = {name: task for name, task in training.items() if name not in SHARE_EVALUATION_PAIRS}
     found = len(training)
     training = {name: t for name, t in training.items() if Task(name, t["train"] + t["test"]).largest() <= max_grid}
-    by_hash = sorted(training, key=lambda name: hashlib.sha256(name.encode()).digest())
+    real = [name for name in training if origin(name) == name]
+    by_hash = sorted(real, key=lambda name: hashlib.sha256(name.encode()).digest())
     held = set(by_hash[: min(holdout, len(by_hash) // 4)])
     tasks = [Task(name, [p for p in t["train"] + t["test"] if p[1] is not None])
-             for name, t in training.items() if name not in held]
+             for name, t in training.items() if origin(name) not in held]
     questions, answers = [], []
     for name in sorted(held):
         for query, answer in training[name]["test"]:
@@ -1030,7 +1037,7 @@ def load_arc(folder: Path, holdout: int, max_grid: int, demonstrations: str) -> 
     tasks.sort(key=lambda task: task.name)
     if not tasks:
         raise DataError(f"{folder}: no task has grids of at most {max_grid} x {max_grid}; raise --max-grid")
-    trained = len({t.name for t in tasks} | held)
+    trained = len({t.name for t in tasks} | {name for name in training if origin(name) in held})
     return ArcData(tasks, questions, answers, found - trained)
 
 
@@ -1128,7 +1135,7 @@ class ArcDataLoader(Loader):
         """How a task is shown this epoch: pairs kept, symmetry, colours, task token, length of x."""
         task = self.tasks[row]
         pairs, symmetry, colours = list(range(len(task.pairs))), 0, np.arange(10, dtype=np.uint8)
-        token = self.task_tokens.get(task.name, UNKNOWN_TASK)
+        token = self.task_tokens.get(origin(task.name), UNKNOWN_TASK)
         if self.train:
             rng = self.rng(1 + row)
             pairs, symmetry, colours = rng.permutation(len(pairs)).tolist(), int(rng.integers(8)), random_colours(rng)
@@ -1979,7 +1986,7 @@ def open_arc(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: 
     runtime.agree(0)  # the others wait for the files
     arc = load_arc(folder, cfg.holdout, cfg.max_grid, cfg.demonstrations)
     data = Data(train=None, val=None)
-    data.tasks = [t.name for t in arc.tasks]
+    data.tasks = sorted({origin(t.name) for t in arc.tasks})
     model_cfg.n_tasks, model_cfg.document_token = len(data.tasks), UNKNOWN_TASK if cfg.packed else -1
     kind = dict(task_tokens=data.task_tokens, packed=cfg.packed)
     data.train = ArcDataLoader(arc.tasks, cfg.batch_size, model_cfg.block_size, **kind, **order)

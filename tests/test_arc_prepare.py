@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import train
 from arc_data import prepare as script
-from arc_data.prepare import OFFICIAL, PrepareError, main, prepare
+from arc_data.prepare import OFFICIAL, PrepareError, extend, main, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = {"train": [{"input": [[1, 2], [3, 4]], "output": [[4]]}], "test": [{"input": [[5]], "output": [[6, 7]]}]}
@@ -223,3 +225,190 @@ def test_an_unknown_version_is_refused(tmp_path):
     with pytest.raises(SystemExit) as stop:
         main(["--version", "latest"])
     assert stop.value.code == 2
+
+
+def noise(seed: int, pairs: int = 3) -> dict:
+    """A task without a rule, unlike that of any other seed; the last pair is its test."""
+    rng = np.random.default_rng(seed)
+    made = [{k: rng.integers(0, 10, (4, 5)).tolist() for k in ("input", "output")} for _ in range(pairs)]
+    return {"train": made[:-1], "test": made[-1:]}
+
+
+def disguised(pair: dict) -> dict:
+    """The same pair turned, mirrored and in other colours."""
+    colours = np.roll(np.arange(10), 3)
+    return {k: colours[np.fliplr(np.rot90(np.array(grid)))].tolist() for k, grid in pair.items()}
+
+
+def put(file: Path, task: object) -> Path:
+    """A file with this as its JSON, text as it is."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(task if isinstance(task, str) else json.dumps(task))
+    return file
+
+
+@pytest.fixture
+def official(tmp_path) -> Path:
+    """A small official set: two tasks in each split."""
+    for split, first in (("training", 0), ("evaluation", 100)):
+        for n in (1, 2):
+            put(tmp_path / "official" / split / f"{split}{n}.json", noise(first + n))
+    return tmp_path / "official"
+
+
+def added(folder: Path, source: Path) -> set[str]:
+    """Names of the training tasks that are not the official ones."""
+    return {f.stem for f in (folder / "training").iterdir()} - {f.stem for f in (source / "training").iterdir()}
+
+
+def left_out(folder: Path) -> dict[str, int]:
+    """How many tasks were left out for which reason, as `sources.json` has it."""
+    added = json.loads((folder / "sources.json").read_text())["added"]
+    return {why: n for source in added for why, n in source["left_out"].items()}
+
+
+@pytest.mark.parametrize("below, count", [("training", 233), ("", 346)])
+def test_what_only_arc_2_has_joins_arc_1(arc_dir, arc2_dir, tmp_path, below, count):
+    """ARC-AGI-2 has 1120 tasks, 347 of them under new names; one of those repeats demonstrations of 55783887."""
+    folder = extend("arcagi", [arc2_dir / below], tmp_path)
+    assert folder == tmp_path / "arcagi+extras"
+    names = {split: {f.stem for f in (arc_dir / split).iterdir()} for split in ("training", "evaluation")}
+    found = added(folder, arc_dir)
+    new = {f.stem for f in (arc2_dir / below).rglob("*.json")} - names["training"] - names["evaluation"]
+    assert len(found) == count and found == new - {"db695cfb"}
+    assert len(names["evaluation"] & {f.stem for f in (arc2_dir / "training").iterdir()}) == 376
+    for split in names:  # the official tasks are all there, as they are
+        kept = contents(folder / split)
+        assert {name: kept[name] for name in contents(arc_dir / split)} == contents(arc_dir / split)
+    assert {f.stem for f in (folder / "evaluation").iterdir()} == names["evaluation"]
+
+    pairs = {split: {train.canonical_hash(p) for name, t in train.read_split(folder, split).items()
+                     if split == "evaluation" or name in found for p in t["train"] + t["test"]}
+             for split in names}  # fmt: skip
+    assert len(pairs["training"]) > 3 * count and not pairs["training"] & pairs["evaluation"]
+    source = json.loads((folder / "sources.json").read_text())["added"][0]
+    assert (source["tasks"], source["generated"], source["evaluation"]) == (count, 0, count - 233)
+
+
+def test_what_gives_an_evaluation_task_away_is_left_out(official, tmp_path, capsys):
+    asked = noise(101)
+    for seed, name, pair in ((203, "demonstration", asked["train"][0]), (204, "answer", asked["test"][0])):
+        task = noise(seed)
+        put(tmp_path / "extras" / f"{name}-in-train.json", {**task, "train": [*task["train"], disguised(pair)]})
+        put(tmp_path / "extras" / f"{name}-in-test.json", {**task, "test": [pair]})
+    put(tmp_path / "extras" / "evaluation1.json", noise(200))
+    put(tmp_path / "extras" / "training2.json", noise(201))
+    put(tmp_path / "extras" / "good.json", noise(202))
+    folder = extend("arcagi", [tmp_path / "extras"], tmp_path, official)
+    assert added(folder, official) == {"good"}
+    expected = {"with a pair of an evaluation task": 4, "named after an evaluation task": 1,
+                "named after an official training task": 1}  # fmt: skip
+    assert left_out(folder) == expected
+    said = capsys.readouterr().out
+    assert "7 files, 1 tasks added" in said and all(f"left out: {n} {why}\n" in said for why, n in expected.items())
+
+
+def test_copies_are_left_out_and_names_that_clash_get_the_folders(official, tmp_path):
+    extras = tmp_path / "extras"
+    for folder, seed in (("a", 200), ("b", 201), ("c/b", 202), ("d", 200)):
+        put(extras / folder / "same.json", noise(seed))
+    turned = {part: [disguised(p) for p in pairs] for part, pairs in noise(201).items()}
+    put(extras / "e" / "turned.json", turned)
+    put(extras / "e" / "official.json", noise(1))
+    put(extras / ".git" / "hidden.json", "no task")
+    put(extras / "a" / "._same.json", "no task")
+    folder = extend("arcagi", [extras], tmp_path, official)
+    assert added(folder, official) == {"same", "b-same", "b-same-0"}
+    assert left_out(folder) == {"with the pairs of a task that is there already": 3}
+    assert json.loads((folder / "training" / "b-same.json").read_text()) == noise(201)
+
+
+def test_generated_pairs_make_a_bounded_number_of_tasks_of_their_official_task(official, tmp_path, capsys):
+    pairs = [p for part in noise(300, 15).values() for p in part]
+    dump = tmp_path / "dump"
+    put(dump / "training1.json", pairs)  # three tasks of four pairs, and one of three
+    put(dump / "training2.json", [p for part in noise(301, 41).values() for p in part])
+    put(dump / "evaluation1.json", pairs)
+    put(dump / "elsewhere.json", pairs)
+    folder = extend("arcagi", [dump], tmp_path, official, generated=6)
+    first = [f"training1-r{n:03}" for n in range(4)]
+    assert added(folder, official) == {*first, *(f"training2-r{n:03}" for n in range(6))}
+    tasks = [json.loads((folder / "training" / f"{name}.json").read_text()) for name in first]
+    assert [p for t in tasks for p in t["train"] + t["test"]] == pairs
+    assert [(len(t["train"]), len(t["test"])) for t in tasks] == [(3, 1)] * 3 + [(2, 1)]
+    assert left_out(folder) == {"named after an evaluation task": 4,
+                                "generated, but named after no official training task": 4}  # fmt: skip
+    assert "10 are of generated pairs" in capsys.readouterr().out
+
+    put(tmp_path / "second" / "training1.json", pairs[:4] + [noise(302)["test"][0], noise(303)["test"][0]])
+    put(tmp_path / "second" / "training2.json", [*pairs[4:7], disguised(noise(101)["test"][0])])
+    folder = extend("arcagi", [dump, tmp_path / "second"], tmp_path / "2", official, generated=6)
+    assert "training1-r004" in added(folder, official) and len(added(folder, official)) == 11
+    assert left_out(folder)["with a pair of an evaluation task"] == 1  # an answer among generated pairs
+
+
+def test_generated_pairs_of_the_two_tasks_that_repeat_evaluation_pairs_are_left_out(official, tmp_path):
+    name = train.SHARE_EVALUATION_PAIRS[0]
+    put(official / "training" / f"{name}.json", noise(3))
+    put(tmp_path / "dump" / f"{name}.json", [p for part in noise(300, 4).values() for p in part])
+    folder = extend("arcagi", [tmp_path / "dump"], tmp_path, official)
+    assert not added(folder, official)
+    assert left_out(folder) == {"generated, of a training task that repeats pairs of an evaluation task": 1}
+
+
+BAD_LISTS = {"no pairs": ([], "two"), "one pair": ([noise(1)["test"][0]], "two"), "a number": ([1, 2, 3], "pair 0"),
+             "no output": ([{"input": [[1]]}] * 4, "pair 0 output"),
+             "colour 10": ([*noise(1)["train"], {"input": [[1]], "output": [[10]]}], "pair 2 output")}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", [name for name in BAD_TASKS if name != "a list"] + list(BAD_LISTS))
+def test_a_bad_extra_task_is_refused_by_name_and_nothing_is_written(bad, official, tmp_path, capsys):
+    task, reason = (BAD_TASKS | BAD_LISTS)[bad]
+    put(tmp_path / "extras" / "fine.json", noise(200))
+    put(tmp_path / "extras" / "sub" / "training1.json", task)
+    assert main(["--from", str(official), "--add", str(tmp_path / "extras"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("prepare.py: ")
+    assert str(Path("sub", "training1.json")) in error and reason in error and "repair or remove" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("make", [missing, empty, a_file])
+def test_extras_that_are_no_folder_of_tasks_are_refused(make, official, tmp_path, capsys):
+    (tmp_path / "extras").mkdir()
+    make(tmp_path / "extras")
+    assert main(["--from", str(official), "--add", str(tmp_path / "extras"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(tmp_path / "extras") in error and not (tmp_path / "out").exists()
+
+
+def test_extras_leave_the_official_folder_alone_and_are_never_overwritten(official, tmp_path, capsys):
+    out = tmp_path / "out"
+    put(tmp_path / "one" / "x.json", noise(200))
+    arguments = ["--from", str(official), "--out", str(out), "--add", str(tmp_path / "one")]
+    plain = contents(prepare("arcagi", out, official))
+    assert main(arguments) == 0
+    before = contents(out)
+    assert contents(out / "arcagi") == plain and sorted(os.listdir(out)) == ["arcagi", "arcagi+extras"]
+    assert main(arguments) == 0 and "complete already" in capsys.readouterr().out
+    put(tmp_path / "two" / "y.json", noise(201))
+    assert main([*arguments, "--add", str(tmp_path / "two")]) == 2
+    assert "y.json is missing" in capsys.readouterr().err and contents(out) == before
+
+
+@pytest.mark.parametrize("flags", [["--generated", "0"], ["--generated", "x"], ["--no-such-flag"]])
+def test_a_wrong_flag_gets_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("prepare.py: ") and error.count("\n") == 1
+
+
+def test_ctrl_c_gets_one_line_and_leaves_nothing(official, tmp_path, capsys, monkeypatch):
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.Path, "rename", pressed)
+    assert main(["--from", str(official), "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "prepare.py: stopped; nothing was written\n"
+    assert list((tmp_path / "out").iterdir()) == []

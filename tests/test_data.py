@@ -9,7 +9,17 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import MAGIC, parse_pairs, random_grid, random_tasks, same_pairs, sequence, write_shard, write_text
+from helpers import (
+    MAGIC,
+    parse_pairs,
+    random_grid,
+    random_tasks,
+    same_pairs,
+    sequence,
+    task_json,
+    write_shard,
+    write_text,
+)
 
 from train import (
     END,
@@ -24,6 +34,7 @@ from train import (
     canonical_hash,
     load_arc,
     next_batches,
+    origin,
     pair_length,
     read_split,
 )
@@ -562,3 +573,25 @@ def test_a_folder_without_shards_says_where_to_read_on(split, tmp_path):
         with pytest.raises(DataError, match=r"data/README\.md") as caught:
             FineWebLoader(folder, split, 1, 16)
         assert str(folder) in str(caught.value)
+
+
+def test_generated_tasks_share_their_original_s_token_and_its_fate(tmp_path):
+    """`<task>-r000` is held out with <task>, is never a question itself, and speaks of the same task."""
+    rng = np.random.default_rng(0)
+    for task in random_tasks(12, seed=3, pairs=(3, 3)):
+        for name in (task.name, f"{task.name}-r000", f"{task.name}-r001"):
+            pairs = [(rng.integers(0, 10, (4, 4)), rng.integers(0, 10, (4, 4))) for _ in range(3)]
+            path = tmp_path / "training" / f"{name}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(task_json(pairs)), encoding="utf-8")
+    data = load_arc(tmp_path, holdout=3, max_grid=30, demonstrations="training")
+    held = {q.name for q in data.questions}
+    assert len(held) == 3 and not any("-r" in name for name in held)
+    assert len(data.tasks) == 9 * 3 and not held & {t.name.split("-")[0] for t in data.tasks}
+    names = sorted({origin(t.name) for t in data.tasks})
+    loader = ArcDataLoader(data.tasks, 27, 512, task_tokens={name: 40 + i for i, name in enumerate(names)})
+    loader.batches()
+    tokens = {}
+    for task, plan in zip(loader.tasks, loader.plans, strict=True):
+        tokens.setdefault(origin(task.name), set()).add(plan[3])
+    assert all(len(found - {UNKNOWN_TASK}) <= 1 for found in tokens.values()) and max(map(max, tokens.values())) >= 40
