@@ -2436,7 +2436,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"train.py: {message} (see python train.py --help)\n")
+        self.exit(2, f"{self.prog}: {message} (see python {self.prog} --help)\n")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,276 @@
+"""An export is the same model to transformers: logits, greedy tokens and tokenizer, loaded from the files alone."""
+
+import collections
+import itertools
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import upstream
+from helpers import PATTERNS, one_thread, python, tiny_config  # noqa: F401
+from test_sample import END, make_run
+
+import export
+import sample
+import train
+
+pytest.importorskip("safetensors", reason="needs safetensors (pip install -r requirements-dev.txt, Python >= 3.11)")
+pytest.importorskip("tokenizers", reason="needs tokenizers (pip install -r requirements-dev.txt, Python >= 3.11)")
+
+FILES = ["README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+         "tokenizer_config.json"]  # fmt: skip
+TEXTS = [*export.VARIED, "", " ", "\n\n\n", "can't WON'T 'tis I'll", "a\tb \t c", "x = {'a': [1, 22, 333]}", "ﬁ ǆ ß İ",
+         "🏳️‍🌈🧑🏽‍🚀", "0123456789" * 3, "   indented\n     more   "]  # fmt: skip
+
+
+def command(*argv) -> int:
+    """The exit code of `python export.py` with these arguments, in this process."""
+    try:
+        return export.main([str(a) for a in argv])
+    except SystemExit as stop:
+        return stop.code
+
+
+def refused(capsys, *argv) -> str:
+    """The one line that `export.py` ends with."""
+    assert command(*argv) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and err.startswith("export.py: "), err
+    return err
+
+
+def random_texts(count: int = 200) -> list[str]:
+    """Strings of characters from everywhere, with much space and punctuation between."""
+    rng = random.Random(0)
+    ranges = [(32, 127), (32, 127), (9, 14), (0xA0, 0x250), (0x370, 0x600), (0x900, 0xA00), (0x2000, 0x2070),
+              (0x3000, 0x3100), (0x4E00, 0x5000), (0x1F300, 0x1F700), (0, 32)]  # fmt: skip
+    return ["".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(1, 60))) for _ in range(count)]
+
+
+def small_vocabulary(pattern: str | None = None):
+    """A tiktoken vocabulary of 90 merges, learned on a few sentences, split as GPT-2 does or as `pattern` says."""
+    import tiktoken
+
+    ranks = {bytes([b]): i for i, b in enumerate(random.Random(0).sample(range(256), 256))}
+    words = " the thé other  then\nthere, 's it's in interest".split(" ")
+    words = [[bytes([b]) for b in word.encode()] for word in words + [" " + word for word in words]]
+    while len(ranks) < 346:
+        counts = collections.Counter(pair for word in words for pair in itertools.pairwise(word))
+        a, b = min(counts, key=lambda pair: (-counts[pair], pair)) if counts else (bytes([len(ranks) % 256]), b" ")
+        ranks[a + b] = len(ranks)
+        for word in words:
+            for i in reversed(range(len(word) - 1)):
+                if word[i : i + 2] == [a, b]:
+                    word[i : i + 2] = [a + b]
+    gpt2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    return tiktoken.Encoding("small", pat_str=pattern or gpt2, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": len(ranks)})  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+SHAPES = [
+    *({"pattern": pattern, "tie_embeddings": tied} for pattern in PATTERNS for tied in (True, False)),
+    {"pattern": "MAM", "d_model": 48, "n_head": 4, "headdim": 8, "d_state": 12, "d_ff": 40, "chunk_size": 16},
+    {"pattern": "AA", "headdim": 20},  # divides nothing: without Mamba it need not
+    {"pattern": "MM", "n_head": 40},  # more than there are channels: without attention it does not matter
+    {"pattern": "MA", "norm_eps": 1e-3, "rope_theta": 500.0, "d_conv": 3, "expand": 4},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: " ".join(map(str, shape.values())))
+@torch.no_grad()
+def test_transformers_loads_it_and_goes_on_alike(tmp_path, shape):
+    """Logits within 1e-4 and the same 64 greedy tokens, by their own decoding, with a cache where they can."""
+    upstream.granite()
+    from transformers import AutoModelForCausalLM
+
+    ours = make_run(tmp_path / "run", average=True, **shape)
+    assert command(tmp_path / "run", "--to", "hf", tmp_path / "out") == 0
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(theirs).__name__ == "GraniteMoeHybridForCausalLM" and theirs.dtype == torch.float32
+    assert theirs.config.tie_word_embeddings == ours.config.tie_embeddings
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    tokens = torch.randint(END, (2, 100), generator=torch.Generator().manual_seed(0))
+    logits, expected = ours(tokens)[0], theirs(tokens).logits
+    assert expected.std() > 0.3, "logits at a scale where 1e-4 means something"
+    assert (logits - expected).abs().max() <= 1e-4
+    prompt = tokens[:, :9]
+    new, _ = ours.generate(prompt, max_new_tokens=64, choose=sample.chooser(END + 1, 0, 0, 1, 0))
+    theirs.generation_config.eos_token_id = None  # a random model may end its text early
+    continued = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False)
+    assert torch.equal(continued[:, 9:], new)
+
+
+def test_padded_vocabulary_without_tokenizer_at_hand(tmp_path, capsys, monkeypatch):
+    """50,304 rows for GPT-2's 50,257 tokens; the vocabulary is left out with a word where it cannot be had."""
+    upstream.granite()
+    from transformers import AutoModelForCausalLM
+
+    ours = make_run(tmp_path / "run", tokenizer="gpt2", vocab_size=50304)
+    line = "no vocabulary here"
+    monkeypatch.setattr(export, "open_tokenizer", lambda name: (_ for _ in ()).throw(train.DataError(line)))
+    assert command(tmp_path / "run", "--to", "hf", tmp_path / "out") == 0
+    assert f"left out: {line}\n" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "out")) == FILES[:4]
+    assert "gpt2's, not in this folder" in (tmp_path / "out" / "README.md").read_text()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert theirs.config.eos_token_id == 50256 and theirs.get_input_embeddings().weight.shape[0] == 50304
+    assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    tokens = torch.randint(50257, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (ours(tokens)[0] - theirs(tokens).logits).abs().max() <= 1e-4
+        theirs.lm_head.weight[50257:] = 100 * theirs.lm_head.weight[0]  # padding would be the likeliest by far
+        assert theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=5).max() < 50257
+
+
+def test_files(tmp_path):
+    """What is in the folder, readable to others, in names that readers of the older layout know too."""
+    from safetensors import safe_open
+
+    make_run(tmp_path / "run", "MMAM")
+    assert command(tmp_path / "run", "--to", "hf", tmp_path / "deep" / "out") == 0
+    out = tmp_path / "deep" / "out"
+    assert os.listdir(out.parent) == ["out"] and sorted(os.listdir(out)) == FILES
+    assert len({(out / name).stat().st_mode for name in FILES}) == 1
+    config = json.loads((out / "config.json").read_text())
+    assert config["layer_types"] == ["mamba", "mamba", "attention", "mamba"]
+    assert config["attention_multiplier"] == 16**-0.5 and config["rms_norm_eps"] == 1e-5
+    assert config["num_local_experts"] == 0 and config["position_embedding_type"] == "rope"
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["suppress_tokens"] == list(range(257, 300)) and generation["eos_token_id"] == END
+    with safe_open(out / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert "lm_head.weight" not in file.keys() and "model.embed_tokens.weight" in file.keys()
+    card = (out / "README.md").read_text()
+    assert "weights of step 7" in card and "not measured" in card and "MMAM" in card
+    assert "one document at a time" not in card
+
+
+def test_the_card_tells_the_last_validation_loss_and_that_documents_stand_alone(tmp_path):
+    make_run(tmp_path / "run", document_token=END)
+    lines = ['{"step": 1, "loss": 9.0}', '{"step": 5, "val_loss": 4.5}', '{"step": 7, "val_loss": 4.25}', '{"step": 8,']
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines))
+    assert command(tmp_path / "run", "--to", "hf", tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| last validation loss | 4.250 nats a token |" in card and "one document at a time" in card
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+def test_tokenizer_gives_the_same_ids():
+    encoding = small_vocabulary()
+    ours = export.hf_tokenizer(encoding)
+    assert len(ours.encode(" there then").ids) < 5, "it does join bytes"
+    for text in TEXTS + random_texts():
+        assert ours.encode(text).ids == encoding.encode_ordinary(text), text
+    assert ours.encode("a<|endoftext|>b").ids == encoding.encode("a<|endoftext|>b", allowed_special="all")
+    assert ours.get_vocab_size() == encoding.n_vocab
+
+
+def test_a_tokenizer_that_splits_otherwise_is_refused():
+    with pytest.raises(train.DataError, match="small"):
+        export.hf_tokenizer(small_vocabulary(pattern=r"\s*\S+|\s+"))
+
+
+def test_exported_tokenizer_and_pipeline(tmp_path, capsys):
+    """AutoTokenizer reads the files; text in, text out, equal to sample.py."""
+    upstream.granite()
+    from transformers import AutoTokenizer, pipeline
+
+    make_run(tmp_path / "run")
+    assert command(tmp_path / "run", "--to", "hf", tmp_path / "out") == 0
+    tokenizer, encoding = AutoTokenizer.from_pretrained(tmp_path / "out"), sample.open_tokenizer("bytes")
+    for text in TEXTS + random_texts(50):
+        assert tokenizer(text)["input_ids"] == encoding.encode_ordinary(text)
+        assert tokenizer.decode(encoding.encode_ordinary(text)) == text
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == END and tokenizer.model_max_length == 512
+    said = pipeline("text-generation", str(tmp_path / "out"), max_new_tokens=20, do_sample=False)("To be")
+    capsys.readouterr()
+    assert sample.main([str(tmp_path / "run"), "--prompt", "To be", "--temperature", "0", "--max-new-tokens", "20",
+                        "--device", "cpu"]) == 0  # fmt: skip
+    assert capsys.readouterr().out == said[0]["generated_text"] + "\n"
+
+
+def test_the_real_vocabulary():
+    """Every token of GPT-2, this repository's files and random characters: the same ids."""
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("needs GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR to a folder that holds it")
+    encoding = sample.open_tokenizer("gpt2")
+    ours = export.hf_tokenizer(encoding)
+    assert encoding.encode_ordinary("Hello world") == [15496, 995] and ours.get_vocab_size() == 50257
+    files = [f.read_text(encoding="utf-8") for f in Path(train.HERE).glob("**/*.py")]
+    words = [encoding.decode([i]) for i in range(50256)]
+    for text in [*TEXTS, *random_texts(500), *files, *words, "".join(words)]:
+        assert ours.encode(text).ids == encoding.encode(text, allowed_special="all"), text[:100]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What cannot work
+
+
+def test_refusals(tmp_path, capsys):
+    """ARC runs, shapes without a counterpart, an existing folder, a place that is none: one line, nothing written."""
+    make_run(tmp_path / "arc", grid=True, vocab_size=train.ARC_VOCAB, tie_embeddings=False)
+    assert "ARC" in refused(capsys, tmp_path / "arc", "--to", "hf", tmp_path / "out")
+    make_run(tmp_path / "groups", ngroups=2)
+    assert "ngroups 2" in refused(capsys, tmp_path / "groups", "--to", "hf", tmp_path / "out")
+    run = tmp_path / "run"
+    make_run(run)
+    assert "no run there" in refused(capsys, tmp_path / "none", "--to", "hf", tmp_path / "out")
+    refused(capsys, run, "--to", "gguf", tmp_path / "out")
+    refused(capsys, run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept").write_text("mine")
+    assert "full exists" in refused(capsys, run, "--to", "hf", tmp_path / "full")
+    assert os.listdir(tmp_path / "full") == ["kept"]
+    line = refused(capsys, run, "--to", "hf", run / "config.json" / "out")
+    assert "cannot be written" in line or "exists" in line
+    assert sorted(os.listdir(tmp_path)) == ["arc", "full", "groups", "run"]
+
+
+@pytest.mark.parametrize("problem, code", [(OSError("disk full"), 2), (KeyboardInterrupt(), 130)])
+def test_nothing_is_left_of_an_export_that_failed(tmp_path, capsys, monkeypatch, problem, code):
+    """And what a killed one left does not stop the next."""
+    make_run(tmp_path / "run")
+    argv = (tmp_path / "run", "--to", "hf", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "hf_tokenizer", lambda encoding: (_ for _ in ()).throw(problem))
+        assert command(*argv) == code
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and os.listdir(tmp_path) == ["run"]
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.tmp" / "model.safetensors").write_bytes(b"half")
+    assert command(*argv) == 0
+    assert sorted(os.listdir(tmp_path)) == ["out", "run"] and sorted(os.listdir(tmp_path / "out")) == FILES
+
+
+def test_transformers_is_not_needed_to_write(tmp_path):
+    make_run(tmp_path / "run")
+    code = "import sys; sys.modules['transformers'] = None; import export; sys.exit(export.main(sys.argv[1:]))"
+    process = python("-c", code, tmp_path / "run", "--to", "hf", tmp_path / "out", cwd=tmp_path)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+    assert sorted(os.listdir(tmp_path / "out")) == FILES
+
+
+def test_missing_packages_are_named(tmp_path, capsys, monkeypatch):
+    make_run(tmp_path / "run")
+    for name in ("safetensors", "tokenizers"):
+        with monkeypatch.context() as patch:
+            patch.setattr(export.importlib.util, "find_spec", lambda asked, name=name: None if asked == name else sys)
+            assert f"needs {name}: pip install" in refused(capsys, tmp_path / "run", "--to", "hf", tmp_path / "out")
+
+
+def test_no_counterpart_for_grids_and_groups():
+    for changes, word in (({"grid": True}, "grid positions"), ({"ngroups": 2}, "ngroups 2")):
+        with pytest.raises(train.ConfigError, match=word):
+            export.hf_config(tiny_config(**changes))

@@ -1,0 +1,667 @@
+"""data/prepare.py: the tokens are those of the text, an interruption leaves no trace, bad input gets one line.
+
+No test needs a network: a small vocabulary made here stands in for GPT-2's, and a server in this process for the hub.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import http.server
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pytest
+
+from data import prepare as script
+from data.prepare import EOT, PrepareError, main
+
+tiktoken = pytest.importorskip("tiktoken")
+
+ROOT = Path(__file__).resolve().parent.parent
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""  # GPT-2's
+MERGES = ("th", " t", "he", " a", "in", "er", " th", "the", " the", "  ", "    ", "\n\n", "aa", "aaaa", "..", "an", "é")
+LETTERS = "etaoinshr é日"
+HOSTILE = ["", " \n\t ", EOT, f"the {EOT}{EOT} end", "<|endoftext", "trailing   ", "\tindented\n  more", "one\ntwo",
+           "'s", "é日本 語", "the then there " * 40, "a" * 700, "   " * 300 + "x", "日本語" * 200,
+           "\u3000\u2003 wide\u00a0", "x"]  # fmt: skip
+
+
+def small_vocabulary() -> tiktoken.Encoding:
+    """GPT-2's way to cut text into words, its end-of-text, the bytes, and a few merges, so that cuts can do harm."""
+    ranks = {bytes([i]): i for i in range(256)}
+    for merge in MERGES:
+        ranks[merge.encode()] = len(ranks)
+    return tiktoken.Encoding("small", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOT: 50256})
+
+
+class Inline:
+    """A pool of no processes."""
+
+    def submit(self, work, *args):
+        future = Future()
+        try:
+            future.set_result(work(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    """The small vocabulary, in this process: quick. Tests without this fixture run the real worker processes."""
+    vocabulary = small_vocabulary()
+    monkeypatch.setattr(script, "load_tokenizer", lambda name: vocabulary)
+    monkeypatch.setattr(script, "ENCODING", vocabulary, raising=False)
+    monkeypatch.setattr(script, "worker_pool", lambda count, name: contextlib.nullcontext(Inline()))
+    return vocabulary
+
+
+def expected(vocabulary, documents) -> list[int]:
+    """The definition: end-of-text, then the document, one at a time; documents without text left out."""
+    return [i for d in documents if d.strip() for i in (50256, *vocabulary.encode_ordinary(d))]
+
+
+def write(path: Path, documents: list[str]) -> Path:
+    """A corpus in the format that the name's ending says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        table = pyarrow.table({"id": range(len(documents)), "text": documents})
+        parquet.write_table(table, path, row_group_size=5)
+        return path
+    if ".jsonl" in path.name:
+        data = "".join(json.dumps({"text": d, "id": i}) + "\n" for i, d in enumerate(documents))
+    else:
+        data = "\n\n".join(documents)
+    with gzip.open(path, "wb") if path.suffix == ".gz" else open(path, "wb") as file:
+        file.write(data.encode())
+    return path
+
+
+def run(source: Path, out: Path, *more) -> int:
+    """The exit code of the command, in this process."""
+    try:
+        return main(["--from", str(source), "--out", str(out), *map(str, more)])
+    except SystemExit as stop:
+        return stop.code
+
+
+def shard_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.npy"), key=lambda f: f.stem[-6:])
+
+
+def tokens_in(folder: Path) -> list[int]:
+    return np.concatenate([np.load(f) for f in shard_files(folder)]).tolist()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in folder.iterdir()}
+
+
+def meta(folder: Path) -> dict:
+    return json.loads((folder / "meta.json").read_text())
+
+
+def random_documents(seed: int, count: int = 60) -> list[str]:
+    """Documents of letters and white space, some far longer than a block of these tests, some without any space."""
+    rng = random.Random(seed)
+    found = []
+    for _ in range(count):
+        letters = LETTERS.replace(" ", "") if rng.random() < 0.2 else LETTERS + " \n.'"
+        length = rng.choice((3, 30, 300, 1500))
+        document = "".join(rng.choice(letters) for _ in range(rng.randint(1, length)))
+        while "\n\n" in document:
+            document = document.replace("\n\n", "\n")
+        found.append(document.strip() or "x")
+    return found
+
+
+def small_blocks(monkeypatch, block: int, longest: int = 1 << 18) -> None:
+    """Blocks so small that a test's corpus has many; everything else takes the same path."""
+    monkeypatch.setattr(script, "BLOCK", block)
+    monkeypatch.setattr(script, "LONGEST", longest)
+    monkeypatch.setattr(script, "ROWS", 3)
+
+
+FORMATS = ("c.jsonl", "c.jsonl.gz", "c.parquet")
+
+
+@pytest.mark.parametrize("block", [64, 1 << 20])
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_tokens_are_those_of_each_document_alone(name, block, inline, tmp_path, monkeypatch):
+    small_blocks(monkeypatch, block)
+    assert run(write(tmp_path / name, HOSTILE), tmp_path / "out") == 0
+    assert tokens_in(tmp_path / "out") == expected(inline, HOSTILE)
+
+
+@pytest.mark.parametrize("name", ["c.txt", "c.txt.gz", "c.md"])
+@pytest.mark.parametrize("block", [150, 1 << 20])
+def test_blank_lines_separate_the_documents_of_a_plain_text(name, block, inline, tmp_path, monkeypatch):
+    small_blocks(monkeypatch, block)
+    documents = ["first\nline two  ", f"the {EOT}", "  indented the", "the then " * 60 + "end", "last"]
+    text = "\n \n\t\n" + "\n  \n\n \t\n".join(documents) + "\n"
+    bare = text.lstrip()
+    texts = (text, text.replace("\n", "\r\n"), "\ufeff" + bare, "\n" + bare, text + "\n\n \n")
+    for number, written in enumerate(texts):
+        source = tmp_path / str(number) / name
+        source.parent.mkdir()
+        raw(source, gzip.compress(written.encode()) if name.endswith(".gz") else written.encode())
+        assert run(source, tmp_path / f"out{number}") == 0
+        assert tokens_in(tmp_path / f"out{number}") == expected(inline, documents), written
+
+
+def test_a_long_document_is_cut_where_no_token_reaches_across(inline, tmp_path, monkeypatch):
+    words = ["the", " the", "  ", " a", "\n", "an.", "é", " 日本", "   x", "'s", " 12"]
+    long = "".join(random.Random(0).choices(words, k=4000))
+    long = "".join(line + "\n" for line in long.splitlines() if line.strip()).strip()  # one document
+    for block, longest in ((100, 1 << 18), (1 << 20, 60), (333, 77)):
+        small_blocks(monkeypatch, block, longest)
+        assert run(write(tmp_path / "c.txt", [long]), out := tmp_path / f"text{block}") == 0
+        assert tokens_in(out) == expected(inline, [long])
+        assert run(write(tmp_path / "c.jsonl", [long]), out := tmp_path / f"json{block}") == 0
+        assert tokens_in(out) == expected(inline, [long])
+
+
+def test_a_million_spaces_and_a_word_longer_than_a_block_do_not_stop_it(inline, tmp_path):
+    documents = ["x" + " " * 1_100_000 + "y", "日" * 500_000]
+    with pytest.raises(ValueError, match="(?i)stack"):  # what would happen in one call
+        inline.encode_to_numpy(documents[0])
+    for name in ("c.txt", "c.jsonl"):
+        assert run(write(tmp_path / name, documents), out := tmp_path / name[2:]) == 0
+        assert inline.decode(tokens_in(out)) == "".join(EOT + d for d in documents)
+
+
+class Stop(BaseException):
+    """Stands for a power cut: nothing catches it."""
+
+
+@contextlib.contextmanager
+def stopping(after: int):
+    """Runs in here end when they have written `after` files, shards and meta.json alike: the next gets no name."""
+    done = []
+
+    def counting(one, other, replace=os.replace):
+        done.append(other)
+        if len(done) > after:
+            raise Stop
+        replace(one, other)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.os, "replace", counting)
+        yield
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "c.txt", "c.txt.gz"])
+def test_stopped_between_any_two_files_it_ends_the_same_to_the_byte(name, inline, tmp_path, monkeypatch):
+    small_blocks(monkeypatch, 200, 90)
+    few = ("--shard-tokens", 3000, "--val-tokens", 700)
+    source = write(tmp_path / name, random_documents(1))
+    assert run(source, tmp_path / "straight", *few) == 0
+    wanted = contents(tmp_path / "straight")
+    assert len(wanted) >= 6 and meta(tmp_path / "straight")["shards"][2]["next"]["skip"] > 0
+    for writes in range(2 * len(wanted)):
+        with stopping(writes), pytest.raises(Stop):
+            run(source, out := tmp_path / f"stopped{writes}", *few)
+        assert run(source, out, *few) == 0 and contents(out) == wanted
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_stopped_again_and_again_it_ends_the_same(seed, inline, tmp_path, monkeypatch):
+    rng, name = random.Random(seed), ["c.txt", "c.jsonl", "c.txt.gz"][seed % 3]
+    small_blocks(monkeypatch, rng.choice((90, 250, 1000)), rng.choice((50, 200)))
+    few = ("--shard-tokens", rng.choice((500, 1777)), "--val-tokens", 300)
+    for part in "ab":
+        source = write(tmp_path / "in" / part / name, random_documents(seed + ord(part)))
+    source = tmp_path / "in"
+    assert run(source, tmp_path / "straight", *few) == 0
+    stops, out = 0, tmp_path / "stopped"
+    while not out.exists() or not meta(out)["complete"]:
+        with stopping(rng.randint(1, 6)), contextlib.suppress(Stop):
+            run(source, out, *few)
+        stops += 1
+        assert stops < 500
+    assert stops > 5 and contents(out) == contents(tmp_path / "straight")
+
+
+def python(*argv, cwd: Path, **env: str | None) -> subprocess.Popen:
+    """The script in a process of its own; environment variables given as None are absent."""
+    full = {k: v for k, v in (os.environ | env).items() if v is not None}
+    options = dict(cwd=cwd, text=True, env=full, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen([sys.executable, ROOT / "data" / "prepare.py", *map(str, argv)], **options)
+
+
+def worker_pids(pid: int) -> list[int]:
+    """The processes below one (Linux)."""
+    found = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(p) for p in found.read_text().split()] if found.exists() else []
+
+
+def wait_for(condition, seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return bool(condition())
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """12 MB of lines: seconds of work for the byte vocabulary."""
+    return write(tmp_path_factory.mktemp("corpus") / "c.jsonl", ["the then there " * 400 + str(i) for i in range(2000)])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_a_signal_leaves_whole_shards_no_process_and_the_same_end(number, code, corpus, tmp_path):
+    command = ("--from", corpus, "--tokenizer", "bytes", "--shard-tokens", 500_000, "--workers", 2, "--out")
+    process = python(*command, "out", cwd=tmp_path)
+    assert wait_for((tmp_path / "out" / "text_train_000002.npy").exists)
+    below = worker_pids(process.pid)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal sends it: to the workers as well
+    else:
+        process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code and (code < 0 or err.count("\n") == 2 and "the same command goes on" in err), err
+    assert wait_for(lambda: not any(Path(f"/proc/{p}/cmdline").exists() for p in below))
+    listed = {s["name"] for s in meta(tmp_path / "out")["shards"]}
+    assert len(listed) < 24 and not meta(tmp_path / "out")["complete"]
+    for name in ("out", "straight"):
+        process = python(*command, name, cwd=tmp_path)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and err == "", err
+        assert ("going on behind text_train_" in out) == (name == "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight") and len(shard_files(tmp_path / "out")) > 24
+
+
+def test_a_worker_that_dies_is_one_line():
+    with pytest.raises(PrepareError, match="--workers"), script.worker_pool(1, "bytes") as pool:
+        pool.submit(os._exit, 3).result()
+
+
+@pytest.mark.parametrize("asked, tokens, val", [
+    (None, 5000, 100), (None, 500, 50), (None, 999, 99), (300, 5000, 300), (300, 500, 300), (300, 300, 30),
+    (300, 301, 300), (300, 10, 1)])  # fmt: skip
+def test_a_corpus_of_any_size_gets_a_validation_shard(asked, tokens, val, inline, tmp_path, capsys):
+    source = write(tmp_path / "c.jsonl", ["x" * (tokens - 1)])
+    more = ("--val-tokens", asked) if asked else ()
+    assert run(source, tmp_path / "out", "--shard-tokens", 1000, *more) == 0
+    counts = [s["tokens"] for s in meta(tmp_path / "out")["shards"]]
+    assert counts[0] == val and sum(counts) == tokens and max(counts) <= 1000 and set(counts[1:-1]) <= {1000}
+    assert [f.stem.split("_")[1] for f in shard_files(tmp_path / "out")] == ["val"] + ["train"] * (len(counts) - 1)
+    assert ("note: " in capsys.readouterr().out) == (asked is not None and asked != val)
+
+
+def test_meta_json_says_what_is_there(inline, tmp_path):
+    source = write(tmp_path / "books" / "deep" / "b.jsonl", ["the end"] * 50)
+    write(tmp_path / "books" / "a.txt", ["one"] * 50)
+    (tmp_path / "books" / ".hidden.txt").write_text("no")
+    (tmp_path / "books" / "picture.png").write_bytes(b"no")
+    assert run(source.parents[1], out := tmp_path / "out", "--shard-tokens", 200, "--val-tokens", 60) == 0
+    found = meta(out)
+    assert found.keys() == {"format", "source", "revision", "files", "tokenizer", "vocab_size", "end_of_text", "dtype",
+                            "shard_tokens", "val_tokens", "complete", "shards"}  # fmt: skip
+    assert (found["source"], found["tokenizer"], found["vocab_size"]) == ("books", "gpt2", 50257)
+    assert (found["end_of_text"], found["dtype"], found["complete"]) == (50256, "uint16", True)
+    assert [f["name"] for f in found["files"]] == ["a.txt", "deep/b.jsonl"]
+    assert {s["name"] for s in found["shards"]} == {f.name for f in shard_files(out)}
+    for shard in found["shards"]:
+        data, tokens = (out / shard["name"]).read_bytes(), np.load(out / shard["name"])
+        assert tokens.dtype == np.uint16 and shard["tokens"] == len(tokens) and shard["bytes"] == len(data)
+        assert shard["documents"] == (tokens == 50256).sum() and shard["sha256"] == hashlib.sha256(data).hexdigest()
+        assert shard["split"] == ("val" if "val" in shard["name"] else "train")
+
+
+def test_the_loader_reads_what_is_written(inline, tmp_path):
+    train = pytest.importorskip("train")
+    assert run(write(tmp_path / "c.txt", random_documents(3)), out := tmp_path / "out", "--shard-tokens", 2000) == 0
+    sizes = {"train": 0, "val": 0}
+    for split in sizes:
+        loader = train.FineWebLoader(out, split, 2, 16, 50257)
+        sizes[split] = sum(map(len, loader.shards))
+        assert next(iter(loader))[0].shape == (2, 16)
+    assert [sizes["val"], sum(sizes.values())] == [200, len(tokens_in(out))]
+
+
+def test_a_finished_folder_is_checked_and_left_alone(inline, tmp_path, capsys):
+    source = write(tmp_path / "c.jsonl", random_documents(4))
+    few = ("--shard-tokens", 1500)
+    assert run(source, out := tmp_path / "out", *few) == 0
+    times, wanted = {f: f.stat().st_mtime_ns for f in out.iterdir()}, contents(out)
+    assert run(source, out, *few) == 0 and "complete already" in capsys.readouterr().out
+    assert {f: f.stat().st_mtime_ns for f in out.iterdir()} == times
+    flipped = bytearray(wanted["text_train_000002.npy"])
+    flipped[-1] ^= 1
+    for spoil in (lambda f: f.write_bytes(flipped), lambda f: f.write_bytes(b""), lambda f: f.unlink()):
+        for name in ("text_val_000000.npy", "text_train_000002.npy", shard_files(out)[-1].name):
+            spoil(out / name)
+            assert run(source, out, *few) == 0 and contents(out) == wanted
+            assert f"{name} is missing or damaged" in capsys.readouterr().out
+
+
+def refused(capsys, code: int, *words: str) -> None:
+    """Exit code 2 and one line on stderr with these words."""
+    err = capsys.readouterr().err
+    assert code == 2 and err.count("\n") == 1 and err.startswith("prepare.py: "), err
+    assert all(word in err for word in words), err
+
+
+def test_other_settings_or_sources_are_refused(inline, tmp_path, capsys):
+    source = write(tmp_path / "c.jsonl", random_documents(5))
+    assert run(source, out := tmp_path / "out", "--shard-tokens", 2000) == 0
+    before = contents(out)
+    capsys.readouterr()
+    refused(capsys, run(source, out, "--shard-tokens", 3000), "--shard-tokens 2000, not 3000", "--out")
+    refused(capsys, run(source, out, "--shard-tokens", 2000, "--val-tokens", 9), "--val-tokens default, not 9")
+    refused(capsys, run(source, out, "--shard-tokens", 2000, "--tokenizer", "bytes"), "--tokenizer gpt2, not bytes")
+    refused(capsys, run(write(tmp_path / "d.txt", ["d"]), out, "--shard-tokens", 2000), "source c.jsonl, not d.txt")
+    for changed in (random_documents(6), random_documents(5)[::-1], random_documents(5)[:-1]):  # the second: same size
+        refused(capsys, run(write(source, changed), out, "--shard-tokens", 2000), "c.jsonl", "delete")
+    assert contents(out) == before
+
+
+def test_a_file_not_reached_yet_may_still_change(inline, tmp_path):
+    few = ("--shard-tokens", 1000, "--val-tokens", 100)
+    for name in "ab":
+        write(tmp_path / "in" / f"{name}.jsonl", random_documents(7, 20))
+    with stopping(6), pytest.raises(Stop):  # meta, val, meta, train, meta, train
+        run(tmp_path / "in", tmp_path / "out", *few)
+    write(tmp_path / "in" / "b.jsonl", random_documents(8, 20))
+    for out in ("out", "straight"):
+        assert run(tmp_path / "in", tmp_path / out, *few) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "straight")
+
+
+BAD_LINES = {"not JSON": '{"text": "a"', "a list": '["text"]', "no text": '{"txt": "a"}', "null": '{"text": null}',
+             "deep": "[" * 100_000}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
+def test_a_bad_line_is_named(bad, ending, inline, tmp_path, capsys, monkeypatch):
+    small_blocks(monkeypatch, 300)
+    lines = [json.dumps({"text": f"number {i}"}) + "\n" * (1 + i % 2) for i in range(40)]  # some lines are empty
+    text = "".join(lines) + BAD_LINES[bad] + "\n" + lines[0]
+    raw(tmp_path / f"c{ending}", gzip.compress(text.encode()) if ending == ".jsonl.gz" else text.encode())
+    refused(capsys, run(tmp_path / f"c{ending}", tmp_path / "out"), f"c{ending}, line 61 ", "repair or remove")
+    assert shard_files(tmp_path / "out") == []
+
+
+def cut_short(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-9])
+    return path
+
+
+def raw(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def other_column(path: Path) -> Path:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"content": ["a"], "text": [1]}), path)
+    return path
+
+
+def folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+BAD_SOURCES = {
+    "missing": (lambda p: p / "none.txt", "does not exist"),
+    "unknown ending": (lambda p: raw(p / "c.pdf", b"%PDF"), ".parquet"),
+    "empty folder": (lambda p: folder(p / "empty"), "holds no file"),
+    "truncated gzip": (lambda p: cut_short(write(p / "c.jsonl.gz", HOSTILE)), "c.jsonl.gz is damaged"),
+    "no gzip": (lambda p: raw(p / "c.txt.gz", b"plain"), "c.txt.gz is damaged"),
+    "truncated parquet": (lambda p: cut_short(write(p / "c.parquet", HOSTILE)), "c.parquet is damaged"),
+    "no parquet": (lambda p: raw(p / "c.parquet", b"plain"), "c.parquet is damaged"),
+    "no column": (lambda p: other_column(p / "c.parquet"), "content"),
+    "UTF-16": (lambda p: raw(p / "c.txt", "text".encode("utf-16")), "UTF-8"),
+    "empty file": (lambda p: raw(p / "c.txt", b""), "0 tokens"),
+    "blank lines": (lambda p: raw(p / "c.txt", b"\n \n\n"), "0 tokens"),
+    "too small": (lambda p: raw(p / "c.txt", b"x"), "2 tokens"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_SOURCES)
+def test_a_bad_source_is_named(bad, inline, tmp_path, capsys):
+    make, word = BAD_SOURCES[bad]
+    refused(capsys, run(make(tmp_path), out := tmp_path / "out"), word)
+    assert not out.exists() or os.listdir(out) == ["meta.json"]  # which says that nothing is complete
+    assert run(write(tmp_path / "good.txt", ["a good text"] * 3), out) == 0  # and is in nobody's way
+
+
+def test_a_folder_with_other_shards_is_refused(inline, tmp_path, capsys):
+    source, out = write(tmp_path / "c.txt", ["x"] * 50), folder(tmp_path / "out")
+    np.save(out / "mine_train_000001.npy", np.zeros(9, np.uint16))
+    refused(capsys, run(source, out), "mine_train_000001.npy", "another --out")
+    (out / "meta.json").write_text("{")
+    refused(capsys, run(source, out), "meta.json", "another --out")
+    refused(capsys, run(source, raw(tmp_path / "file", b"")), "file")
+    assert sorted(os.listdir(out)) == ["meta.json", "mine_train_000001.npy"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(inline, tmp_path, capsys, monkeypatch):
+    source, out = write(tmp_path / "c.jsonl", random_documents(9)), tmp_path / "out"
+    assert run(source, tmp_path / "straight", "--shard-tokens", 1000) == 0
+    capsys.readouterr()
+    save, saved = np.save, []
+
+    def full(file, tokens):
+        saved.append(file)
+        file.write(b"half")
+        if len(saved) == 4:
+            raise OSError(28, "No space left on device", file.name)
+        file.seek(0)
+        save(file, tokens)
+
+    monkeypatch.setattr(script.np, "save", full)
+    refused(capsys, run(source, out, "--shard-tokens", 1000), "No space left")
+    monkeypatch.setattr(script.np, "save", save)
+    assert len(shard_files(out)) == 3 and not [f for f in os.listdir(out) if f.endswith(".tmp")]
+    assert run(source, out, "--shard-tokens", 1000) == 0 and contents(out) == contents(tmp_path / "straight")
+
+
+def test_what_is_not_text_is_repaired_and_counted(inline, tmp_path, capsys):
+    text = raw(tmp_path / "c.txt", b"good one\n\nbad \xff\xfe one\n\n\xe9t\xe9" + b"\n\nlong" * 9)
+    assert run(text, tmp_path / "text") == 0
+    documents = ["good one", "bad \ufffd\ufffd one", "\ufffdt\ufffd", *["long"] * 9]
+    assert tokens_in(tmp_path / "text") == expected(inline, documents)
+    assert "2 documents were not UTF-8" in capsys.readouterr().out
+    lines = raw(tmp_path / "c.jsonl", b'{"text": "half \\ud83d pair"}\r\n{"text": ""}\n{"text": "bad \xff"}\n' * 3)
+    assert run(lines, tmp_path / "lines") == 0
+    assert tokens_in(tmp_path / "lines") == expected(inline, ["half \ufffd pair", "bad \ufffd"] * 3)
+    said = capsys.readouterr().out
+    assert "3 documents were not UTF-8" in said and "3 documents without any text" in said
+
+
+@pytest.mark.parametrize("argv, words", [
+    ([], "--pretokenized"), (["--pretokenized", "0"], "less than 1"), (["--pretokenized", "x"], "whole number"),
+    (["--tokenize", "--from", "x"], "not allowed with"), (["--pretokenized", "1", "--workers", "2"], "--workers"),
+    (["--tokenize", "--shard-tokens", "9", "--val-tokens", "10"], "--val-tokens 10"), (["--tokenizer", "gpt9"], "gpt9"),
+])  # fmt: skip
+def test_a_command_that_makes_no_sense_is_one_line(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    refused(capsys, stop.value.code, words)
+
+
+# == without a network ================================================================================================
+
+
+@pytest.mark.parametrize("argv", [["--pretokenized", "3"], ["--tokenize", "--tokenizer", "bytes"]])
+def test_without_a_network_it_says_so_at_once(argv, tmp_path):
+    if argv[0] == "--tokenize":
+        pytest.importorskip("pyarrow")
+    began = time.monotonic()
+    process = python(*argv, "--out", "out", cwd=tmp_path, HF_HUB_OFFLINE=None, HF_ENDPOINT="http://127.0.0.1:9")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and out == "" and err.count("\n") == 1, err
+    assert "http://127.0.0.1:9 cannot be reached" in err and "HTTPS_PROXY" in err and "--from" in err
+    assert not (tmp_path / "out").exists() and time.monotonic() - began < 5  # two seconds on a quiet machine
+
+
+def test_a_network_that_does_not_answer_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(script.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(script.socket, "create_connection", lambda *_: time.sleep(9) or contextlib.nullcontext())
+    began = time.monotonic()
+    assert not script.reachable("https://example.org") and 1 < time.monotonic() - began < 2
+
+
+def test_a_proxy_is_asked_instead(monkeypatch):
+    asked = []
+    monkeypatch.setattr(script.urllib.request, "proxy_bypass", lambda host: False)
+    monkeypatch.setattr(script.urllib.request, "getproxies", lambda: {"https": "http://gate:3128"})
+    connect = lambda place, _: asked.append(place) or contextlib.nullcontext()  # noqa: E731
+    monkeypatch.setattr(script.socket, "create_connection", connect)
+    assert script.reachable("https://example.org") and asked == [("gate", 3128)]
+
+
+def test_without_the_vocabulary_the_cache_is_explained(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "reachable", lambda url: False)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    code = run(write(tmp_path / "c.txt", ["x"]), tmp_path / "out")
+    file = "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"
+    refused(capsys, code, "TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"), file, "--tokenizer bytes")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("package, argv", [("huggingface_hub", ["--pretokenized", "1"]), ("pyarrow", ["--tokenize"]),
+                                           ("tiktoken", ["--tokenize"])])  # fmt: skip
+def test_a_missing_package_is_named_with_its_remedy(package, argv, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "need_hub", lambda what: None)
+    if package != "tiktoken":
+        monkeypatch.setattr(script, "load_tokenizer", lambda name: None)
+    monkeypatch.setitem(sys.modules, package, None)
+    refused(capsys, main([*argv, "--out", str(tmp_path / "out")]), "pip install", package.split("_")[0])
+
+
+# == a stand-in for the hub ===========================================================================================
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The three addresses of the hub that are asked: a data set's commit, a folder's listing, a file."""
+
+    commit, files, listed, served = "a" * 40, {}, {}, []  # commit now; commit -> {name: data}; checksums told; GETs
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        headers, data = {}, None
+        if path.startswith("api/") and "/tree/" in path:
+            commit, _, below = path.split("/tree/")[1].partition("/")
+            found = [n for n in self.files[commit] if n.rpartition("/")[0] == below]
+            data = json.dumps([self.entry(n, self.files[commit][n]) for n in found]).encode()
+        elif path.startswith("api/"):
+            data = json.dumps({"id": "x/y", "sha": Hub.commit}).encode()
+        elif "/resolve/" in path:
+            commit, _, name = path.split("/resolve/")[1].partition("/")
+            data = self.files.get(commit, {}).get(name)
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(data or b"").hexdigest()}"'}
+            if body:
+                self.served.append((commit, name))
+        self.send_response(200 if data is not None else 404)
+        for key, value in (headers | {"Content-Length": str(len(data or b""))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body and data:
+            self.wfile.write(data)
+
+    def entry(self, name: str, content: bytes) -> dict:
+        told = self.listed.get(name, hashlib.sha256(content).hexdigest())
+        lfs = {"oid": told, "size": len(content), "pointerSize": 1}
+        return {"type": "file", "path": name, "size": len(content), "oid": "0" * 40, "lfs": lfs}
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """(the handler with its files, a function that runs the script against it: (exit code, stdout, last of stderr))."""
+    pytest.importorskip("huggingface_hub")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in (("commit", "a" * 40), ("files", {}), ("listed", {}), ("served", [])):
+        monkeypatch.setattr(Hub, name, value)
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": None, "NO_PROXY": "127.0.0.1",
+           "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
+
+    def run(*argv, **more):
+        process = python(*argv, "--out", "out", cwd=tmp_path, **env | more)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, (err.splitlines() or [""])[-1]
+
+    yield Hub, run
+    server.shutdown()
+    server.server_close()
+
+
+def ready(*tokens: int) -> bytes:
+    """A .bin shard."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    return header.tobytes() + np.array(tokens, "<u2").tobytes()
+
+
+def test_ready_shards_are_fetched_checked_and_not_fetched_again(hub, tmp_path):
+    server, run = hub
+    names = ["finewebedu_val_000000.bin", *(f"finewebedu_train_{i:06d}.bin" for i in (1, 2, 3))]
+    server.files["a" * 40] = {name: ready(50256, i, 50256, 7) for i, name in enumerate(names)} | {"README.md": b"hello"}
+    server.listed[names[2]] = hashlib.sha256(b"other").hexdigest()  # arrives damaged
+    code, out, err = run("--pretokenized", 2)
+    assert code == 2 and names[2] in err and "checksum" in err and "fetches it again" in err
+    assert not (tmp_path / "out" / names[2]).exists() and not meta(tmp_path / "out")["complete"]
+    server.listed.clear()
+    server.commit, server.files["b" * 40] = "b" * 40, {}  # the data set moves on; what was begun does not
+    server.served.clear()
+    assert run("--pretokenized", 2)[0] == 0 and server.served == [("a" * 40, names[2])]
+    found = meta(tmp_path / "out")
+    assert (found["complete"], found["revision"], found["vocab_size"]) == (True, "a" * 40, 50257)
+    assert {s["name"]: (s["split"], s["tokens"], s["documents"], s["bytes"]) for s in found["shards"]} == {
+        name: ("val" if "val" in name else "train", 4, 2, 1032) for name in names[:3]}  # fmt: skip
+    (tmp_path / "out" / names[0]).write_bytes(b"damaged")
+    server.served.clear()
+    assert run("--pretokenized", 1)[0] == 0 and server.served == [("a" * 40, names[0])]
+    assert run("--pretokenized", 2, HF_ENDPOINT="http://127.0.0.1:9")[1].startswith("out is complete already: 1 valid")
+    code, _, err = run("--pretokenized", 4)
+    assert code == 2 and "--pretokenized 4" in err and "3 training shards" in err
+    assert run("--tokenize", "--tokenizer", "bytes")[0] == 2  # not into the same folder
+
+
+def test_fineweb_is_fetched_and_tokenised_and_its_revision_kept(hub, tmp_path):
+    pytest.importorskip("pyarrow")
+    server, run = hub
+    documents = [["the first", "the second " * 30, EOT] * 20, ["another file"] * 40]
+    server.files["a" * 40] = {f"sample/10BT/{i:03d}_00000.parquet": write(tmp_path / f"{i}.parquet", d).read_bytes()
+                              for i, d in enumerate(documents)}  # fmt: skip
+    command = ("--tokenize", "--tokenizer", "bytes", "--shard-tokens", 1500)
+    second = server.files["a" * 40].pop("sample/10BT/001_00000.parquet")
+    server.files["a" * 40]["sample/10BT/001_00000.parquet"] = b"PAR1 damaged"
+    code, out, err = run(*command)
+    assert code == 2 and "001_00000.parquet is damaged" in err and "edufineweb_train_000002.npy" in out
+    for file in (tmp_path / "hf").rglob("*"):
+        if file.is_file() and file.read_bytes() == b"PAR1 damaged":
+            file.write_bytes(second)
+    server.commit = "b" * 40
+    code, out, err = run(*command, HF_ENDPOINT="http://127.0.0.1:9")  # everything is here
+    assert code == 0 and "going on behind" in out, err
+    wanted = [i for d in sum(documents, []) for i in (256, *d.encode())]
+    assert tokens_in(tmp_path / "out") == wanted and meta(tmp_path / "out")["revision"] == "a" * 40
+    assert [np.load(f).size for f in shard_files(tmp_path / "out")][:3] == [1500] * 3
+    assert shard_files(tmp_path / "out")[0].name == "edufineweb_val_000000.npy"
