@@ -66,7 +66,7 @@ def read_metrics(path: Path) -> list[dict]:
             line = json.loads(text)
             if not isinstance(line, dict):
                 raise ValueError("not an object")
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             if number == lines[-1][0]:
                 break
             raise PlotError(f"{path} line {number} is broken ({problem}): remove that line and try again") from None
@@ -89,7 +89,7 @@ def read_predictions(path: Path) -> list[dict]:
     """The entries of a predictions.json with their grids as arrays. Raises PlotError naming the first bad entry."""
     try:
         entries = json.loads(path.read_text("utf-8"))
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise PlotError(f"{path} is not JSON ({problem}): remove it or let the run write it again") from None
     if not isinstance(entries, list):
         raise PlotError(f"{path} holds no list of predictions: remove it or let the run write it again")
@@ -251,7 +251,8 @@ def solved(entry: dict) -> bool:
 
 def rank(entry: dict) -> tuple:
     """The order of the sheet: solved first, then by the share of right cells."""
-    return not solved(entry), -share_right(entry["prediction"], entry["truth"]), entry["name"], entry["test"]
+    share = 0.0 if entry["truth"] is None else share_right(entry["prediction"], entry["truth"])
+    return not solved(entry), -share, entry["name"], entry["test"]
 
 
 def plot_predictions(run: Path) -> Path | None:
@@ -263,24 +264,34 @@ def plot_predictions(run: Path) -> Path | None:
     if not entries:
         return None
     best = sorted(entries, key=rank)[:ROWS]
+    notes = [run.resolve().name] + ([f"the best {len(best)} are shown"] if len(entries) > len(best) else [])
+    return draw_sheet(run / "predictions.png", best, heading(entries), notes)
+
+
+def heading(entries: list[dict]) -> str:
+    """The result in words."""
+    return f"{sum(map(solved, entries))} of {len(entries)} test outputs solved"
+
+
+def draw_sheet(path: Path, entries: list[dict], title: str, notes: list[str]) -> Path:
+    """One contact sheet, a row an entry as `read_predictions` gives it; a truth that is not known is None."""
     with style.context(STYLE, after_reset=True):
-        tops = np.cumsum([TOP] + [row_height(entry) for entry in best])
+        tops = np.cumsum([TOP] + [row_height(entry) for entry in entries])
         height = tops[-1]
         figure = Figure(figsize=(WIDTH, height), dpi=110)
         FigureCanvasAgg(figure)
         sheet = figure.add_axes((0, 0, 1, 1))  # one canvas, measured in inches from the upper left corner
         sheet.set(xlim=(0, WIDTH), ylim=(height, 0))
         sheet.axis("off")
-        draw_heading(sheet, run.resolve().name, sum(map(solved, entries)), len(entries), len(best))
-        for entry, top in zip(best, tops[:-1], strict=True):
+        draw_heading(sheet, title, [*notes, "wrong cells are outlined"])
+        for entry, top in zip(entries, tops[:-1], strict=True):
             draw_entry(sheet, entry, top)
-        return _save(figure, run / "predictions.png")
+        return _save(figure, path)
 
 
-def draw_heading(sheet: Axes, name: str, done: int, total: int, shown: int) -> None:
-    """The result, the run's name and the titles of the columns."""
-    sheet.text(LEFT[0], 0.34, f"{done} of {total} test outputs solved", fontsize=16, fontweight="bold", va="center")
-    notes = [name] + ([f"the best {shown} are shown"] if total > shown else []) + ["wrong cells are outlined"]
+def draw_heading(sheet: Axes, title: str, notes: list[str]) -> None:
+    """The title, what else is to be known, and the titles of the columns."""
+    sheet.text(LEFT[0], 0.34, title, fontsize=16, fontweight="bold", va="center")
     sheet.text(LEFT[6] + BOX, 0.34, "   ·   ".join(notes), fontsize=10, color=QUIET, ha="right", va="center")
     for x, title in ((LEFT[0], "demonstration 1"), (LEFT[2], "demonstration 2"), (LEFT[4], "test input"),
                      (LEFT[5], "prediction"), (LEFT[6], "truth")):
@@ -338,6 +349,8 @@ def judge(entry: dict) -> tuple[str, str]:
         return "\u2714 solved, 100 % right", RIGHT
     if prediction is None:
         return "\u2718 not a grid, 0 % right", WRONG
+    if truth is None:
+        return "the truth is not known", QUIET
     shape = "" if prediction.shape == truth.shape else ", wrong shape"
     return f"\u2718 {math.floor(100 * share_right(prediction, truth))} % of cells right{shape}", WRONG
 
@@ -357,8 +370,9 @@ def draw_grid(sheet: Axes, grid: Grid, x: float, y: float, size: float) -> None:
 def mark_prediction(sheet: Axes, entry: dict, x: float, y: float, size: float) -> None:
     """A green or red frame around the prediction, and an outline around each wrong cell."""
     across, down = corners(entry["prediction"], x, y, size)
+    truth = entry["prediction"] if entry["truth"] is None else entry["truth"]
     cells = [Rectangle((across[c], down[r]), size, size)
-             for r, c in np.argwhere(wrong_cells(entry["prediction"], entry["truth"]))]
+             for r, c in np.argwhere(wrong_cells(entry["prediction"], truth))]
     for width, colour in ((2.4, "white"), (1.1, "black")):  # two tones stand out from every colour
         outlines = dict(facecolors="none", edgecolors=colour, linewidths=width * min(1, 8 * size))
         sheet.add_collection(PatchCollection(cells, **outlines), autolim=False)

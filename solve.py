@@ -1,0 +1,781 @@
+"""Answer ARC tasks with a trained run: many views of each task, votes, two attempts an output, a page to look at.
+
+    python solve.py runs/arc                                   # evaluation tasks, into runs/arc/solve-evaluation/
+    python solve.py runs/arc --views 32 --ttt-steps 200        # more views, after training on the demonstrations
+    python solve.py runs/arc --data-dir my-task.json           # a task, or a folder of tasks, in the official layout
+    python solve.py --score submission.json --data-dir arc_data/arcagi --split evaluation
+
+A view shows a task under one of its 8 symmetries, a permutation of colours and an order of demonstrations. The answer
+to each view is mapped back and counts as a vote; what is no grid, or a copy of the input, does not count. Stopped and
+started again, it goes on behind the last finished task.
+
+    answers.jsonl      a line a finished task, behind a line with the settings
+    submission.json    Kaggle's layout: {task: [{"attempt_1": grid, "attempt_2": grid}, one a test input, ...]}
+    scores.json        what --score prints as its last line, with counts and settings
+    report.html        every task with its attempts, to open in a browser
+    adapted.pt         with --ttt-steps: the weights that answered
+
+Answers are parted from their tasks when these are read (`read_questions`); only scores, report and pictures see them.
+
+Sections, in order (grep -n '^# == ' solve.py):
+    QUESTIONS  VIEWS  VOTES  SCORES  MODEL  ANSWERS  RESULTS  CLI
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import shlex
+import sys
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from train import (
+    END,
+    GPT,
+    HERE,
+    UNKNOWN_TASK,
+    Ahead,
+    ArcDataLoader,
+    ConfigError,
+    DataError,
+    Grid,
+    ModelConfig,
+    Optimizers,
+    Pair,
+    Parser,
+    Runtime,
+    Task,
+    TrainConfig,
+    accumulate,
+    answer_prompts,
+    apply_symmetry,
+    canonical_hash,
+    cut,
+    digest,
+    encode_answer,
+    inverse_colours,
+    inverse_symmetry,
+    load_checkpoint,
+    load_config,
+    make_prompt,
+    out_of_memory,
+    random_colours,
+    read_grid,
+    read_split,
+    read_task,
+    read_text,
+    reason,
+    replacing,
+    save_checkpoint,
+    schedule,
+    within_memory,
+    write_json,
+)
+
+LONGEST = len(encode_answer(np.zeros((30, 30), np.uint8)))  # tokens of the largest answer
+KEPT = 5  # candidates of an output that are written down; two of them are attempts
+
+# == QUESTIONS ========================================================================================================
+
+
+class Question(NamedTuple):
+    """What a model may see of a task."""
+
+    name: str
+    demonstrations: list[Pair]
+    inputs: list[Grid]  # one a test output
+
+
+Truths = dict[str, list[Grid | None]]  # the answers of each task, in the order of its inputs; None: not known
+
+
+def read_questions(path: Path, split: str | None, names: list[str]) -> tuple[list[Question], Truths]:
+    """The tasks at `path`, in the order of their names, and apart from them their answers.
+
+    `path` is one task, a folder of tasks, or a folder with a folder of tasks for each split; without `split`,
+    "evaluation" of these. `names` picks tasks; all where it is empty. Raises DataError or ConfigError.
+    """
+    if path.is_file():
+        tasks = {path.stem: read_task(path)}
+    elif split or has_splits(path):
+        tasks = read_split(path, split or "evaluation")
+    else:
+        tasks = read_split(path.parent, path.name)
+    if missing := sorted(set(names) - tasks.keys()):
+        raise ConfigError(f"--tasks: {path} has no {shortened(missing)}")
+    tasks = {name: task for name, task in tasks.items() if name in names or not names}
+    questions = [Question(name, task["train"], [i for i, _ in task["test"]]) for name, task in tasks.items()]
+    return questions, {name: [o for _, o in task["test"]] for name, task in tasks.items()}
+
+
+def has_splits(path: Path) -> bool:
+    """Whether a folder holds training/ or evaluation/ and not tasks themselves."""
+    return any((path / split).is_dir() for split in ("training", "evaluation"))
+
+
+def shortened(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# == VIEWS ============================================================================================================
+
+
+class View(NamedTuple):
+    """One way to show a task: every grid turned and recoloured, the demonstrations in this order."""
+
+    symmetry: int
+    colours: np.ndarray
+    order: list[int]
+
+    def show(self, grid: Grid) -> Grid:
+        """A grid of the task as this view has it."""
+        return self.colours[apply_symmetry(grid, self.symmetry)]
+
+    def undo(self, grid: Grid) -> Grid:
+        """The grid that `show` would turn into this one."""
+        return apply_symmetry(inverse_colours(self.colours)[grid], inverse_symmetry(self.symmetry))
+
+
+def make_view(seed: int, question: Question, k: int) -> View:
+    """View k of a task, a function of (seed, name of the task, k). View 0 is the task as it stands.
+
+    Eight views in a row have the eight symmetries; colours and order are random, black stays black.
+    """
+    n = len(question.demonstrations)
+    if k == 0:
+        return View(0, np.arange(10, dtype=np.uint8), list(range(n)))
+    rng = np.random.default_rng([seed, k, *question.name.encode()])
+    return View(k % 8, random_colours(rng), rng.permutation(n).tolist())
+
+
+def view_prompt(question: Question, test: int, view: View, block_size: int,
+                task_tokens: dict[str, int]) -> tuple[np.ndarray, int]:
+    """The prompt of one test input in one view, and how many demonstrations did not fit block_size."""
+    pairs = [tuple(view.show(g) for g in question.demonstrations[i]) for i in view.order]
+    query = Task(question.name, [*pairs, (view.show(question.inputs[test]), None)])
+    prompt = make_prompt(query, block_size, task_tokens)
+    return prompt, len(pairs) - int((prompt == END).sum())
+
+
+# == VOTES ============================================================================================================
+
+
+class Candidate(NamedTuple):
+    """An answer that some views agree on."""
+
+    grid: Grid
+    votes: int
+    logprob: float  # mean over those views of the log-probability of the whole answer, in nats
+
+
+def vote(answers: Iterable[tuple[Grid | None, float]], query: Grid) -> tuple[list[Candidate], dict[str, int]]:
+    """Candidates, best first, and how many answers were "malformed" and how many "copies" of the input `query`.
+
+    `answers` are (grid, summed log-probability of its tokens), mapped back from their views. Most votes win. Among
+    equals the higher sum over their views of the log-probability does (with equal votes the order of the means is the
+    same): every view has a say in it, where the maximum would ask only the surest one. What is still equal goes by
+    shape and cells. Nothing depends on the order of the answers.
+    """
+    found: dict[tuple, tuple[Grid, list[float]]] = {}
+    dropped = {"malformed": 0, "copies": 0}
+    for grid, logprob in answers:
+        if grid is None:
+            dropped["malformed"] += 1
+        elif np.array_equal(grid, query):
+            dropped["copies"] += 1
+        else:
+            found.setdefault((grid.shape, grid.tobytes()), (grid, []))[1].append(logprob)
+    means = {key: math.fsum(logprobs) / len(logprobs) for key, (_, logprobs) in found.items()}
+    best = sorted(found, key=lambda key: (-len(found[key][1]), -means[key], key))
+    return [Candidate(found[key][0], len(found[key][1]), means[key]) for key in best], dropped
+
+
+def two_attempts(candidates: list[list[list[int]]], query: Grid) -> tuple[Grid, Grid]:
+    """The best two candidates (grids as lists). A missing second repeats the first; without any, both are the input.
+
+    Every output needs two grids in Kaggle's layout, and a copy of the input can never be right by chance.
+    """
+    grids = [np.array(grid, dtype=np.uint8) for grid in candidates[:2]] or [query]
+    return grids[0], grids[-1]
+
+
+# == SCORES ===========================================================================================================
+
+Submission = dict[str, list[tuple[Grid | None, Grid | None]]]  # two attempts for each test input of each task
+
+
+def mark_seen(questions: list[Question], truths: Truths, pairs: set[str]) -> dict[str, list[bool]]:
+    """Whether the pair of each test input and its answer is, up to symmetry and colours, among these hashes."""
+    return {q.name: [o is not None and canonical_hash((i, o)) in pairs
+                     for i, o in zip(q.inputs, truths[q.name], strict=True)] for q in questions}
+
+
+def score(submission: Submission, truths: Truths, seen: dict[str, list[bool]]) -> dict[str, Any]:
+    """Shares from 0 to 1, with one attempt and with two, and counts; a share of nothing is None.
+
+    arc_prize is the mean over tasks of the share of their outputs that are exactly right, per_output the share of
+    outputs, all_outputs the share of tasks with every output right. Outputs that were seen, or whose answer is not
+    known, are left out, and with them a task that has no others.
+    """
+    asked = {name: [i for i, o in enumerate(outputs) if o is not None and not seen[name][i]]
+             for name, outputs in truths.items()}
+    asked = {name: tests for name, tests in asked.items() if tests}
+    found: dict[str, Any] = {}
+    for n in (1, 2):
+        right = [[any(np.array_equal(attempt, truths[name][i]) for attempt in submission[name][i][:n]) for i in tests]
+                 for name, tests in asked.items()]
+        values = {"arc_prize": [np.mean(r) for r in right], "per_output": [r for task in right for r in task],
+                  "all_outputs": [all(r) for r in right]}
+        found[f"pass@{n}"] = {rule: float(np.mean(v)) if v else None for rule, v in values.items()}
+    return found | {
+        "tasks": len(asked),
+        "outputs": sum(map(len, asked.values())),
+        "seen_outputs": sum(map(sum, seen.values())),
+        "unknown_outputs": sum(o is None for outputs in truths.values() for o in outputs),
+        "tasks_left_out": len(truths) - len(asked),
+    }
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, or DataError."""
+    try:
+        return json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({reason(error)})") from None
+
+
+def read_submission(path: Path, questions: list[Question], others: set[str]) -> Submission:
+    """A file in Kaggle's layout that answers these questions, perhaps among `others`; DataError where it does not.
+
+    An attempt may be null or an empty list, which is never right.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds a {type(value).__name__}; a submission is an object "
+                        '{task: [{"attempt_1": grid, "attempt_2": grid}, …]}')
+    names = [q.name for q in questions]
+    if missing := [name for name in names if name not in value]:
+        raise DataError(f"{path}: {len(missing)} of {len(names)} tasks are missing: {shortened(missing)}; add them, "
+                        "with null attempts where there is no answer, or pick tasks with --tasks")
+    if unknown := sorted(value.keys() - others.union(names)):
+        raise DataError(f"{path}: {len(unknown)} tasks are not in --data-dir and --split: {shortened(unknown)}")
+    return {q.name: read_attempts(value[q.name], len(q.inputs), f"{path}: task {q.name}") for q in questions}
+
+
+def read_attempts(value: Any, outputs: int, where: str) -> list[tuple[Grid | None, Grid | None]]:
+    """The attempts at one task out of parsed JSON, or DataError."""
+    if not isinstance(value, list) or len(value) != outputs:
+        has = f"a list of {len(value)}" if isinstance(value, list) else f"a {type(value).__name__}"
+        raise DataError(f"{where} has {has}; it needs a list of {outputs}, one for each test input")
+    found = []
+    for i, entry in enumerate(value):
+        pair = []
+        for key in ("attempt_1", "attempt_2"):
+            if not isinstance(entry, dict) or key not in entry:
+                raise DataError(f'{where}, output {i} has no "{key}"')
+            empty = entry[key] is None or entry[key] in ([], [[]])
+            pair.append(None if empty else read_grid(entry[key], f"{where}, output {i}, {key}"))
+        found.append(tuple(pair))
+    return found
+
+
+def table(scores: dict[str, Any]) -> str:
+    """The scores as a person reads them."""
+    lines = ["                  pass@1    pass@2"]
+    for rule in ("arc_prize", "per_output", "all_outputs"):
+        shares = [scores[f"pass@{n}"][rule] for n in (1, 2)]
+        lines.append(f"{rule + ':':<18}" + "    ".join("none  " if s is None else f"{s:.4f}" for s in shares))
+    lines.append(f"{'scored:':<18}{scores['tasks']} tasks, {scores['outputs']} outputs")
+    lines.append(f"{'not scored:':<18}{scores['seen_outputs']} outputs that the run learned from, up to symmetry and "
+                 f"colours, {scores['unknown_outputs']} without a known answer")
+    return "\n".join(lines)
+
+
+# == MODEL ============================================================================================================
+
+
+class Run(NamedTuple):
+    """What a run folder says about itself."""
+
+    model_cfg: ModelConfig
+    cfg: TrainConfig
+    task_tokens: dict[str, int]
+    pairs: set[str]  # canonical hashes of the pairs it was supervised on
+
+
+def read_run(folder: Path) -> Run:
+    """The settings of a finished or stopped ARC run; DataError where the folder holds none."""
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder}: no run in this folder; give one that train.py has written, such as runs/arc")
+    model_cfg, cfg = load_config(folder)
+    if cfg.dataset != "arc":
+        raise DataError(f"{folder}: a run on {cfg.dataset}; solve.py wants one on ARC tasks")
+    names, pairs = read_json(folder / "config.json").get("tasks"), read_json(folder / "supervised_pairs.json")
+    for name, value in (("config.json: tasks", names), ("supervised_pairs.json", pairs)):
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise DataError(f"{folder / name} is not a list of names")
+    return Run(model_cfg, cfg, {name: UNKNOWN_TASK + 1 + i for i, name in enumerate(names)}, set(pairs))
+
+
+def load_model(folder: Path, model_cfg: ModelConfig) -> tuple[GPT, int]:
+    """The model of a run with the average of its weights where it has one, on the CPU, and its step."""
+    state = load_checkpoint(folder / "checkpoint.pt")
+    weights = state["model"]
+    if state.get("ema"):
+        weights = {name.removeprefix("module."): v for name, v in state["ema"].items() if name != "n_averaged"}
+    model = GPT(model_cfg)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise DataError(f"{folder}: checkpoint.pt does not fit config.json ({reason(error)})") from None
+    return model.eval(), int(state["step"])
+
+
+def adapt(model: GPT, questions: list[Question], run: Run, runtime: Runtime, steps: int, lr: float, seed: int) -> None:
+    """Test-time training: go on training on the demonstrations of all questions, jointly, any one as the answer.
+
+    The run's own batches, optimizers (fresh) and schedule, with its peak learning rate replaced by `lr`.
+    """
+    from tqdm import tqdm
+
+    torch.manual_seed(seed)  # of dropout
+    cfg = dataclasses.replace(run.cfg, max_lr=lr, seed=seed)
+    tasks = [Task(q.name, q.demonstrations) for q in questions]
+    kind = dict(task_tokens=run.task_tokens, packed=cfg.packed, seed=seed)
+    rows = len(ArcDataLoader(tasks, 1, run.model_cfg.block_size, **kind).batches())
+    batch = min(cfg.batch_size, rows)  # so that few tasks are not repeated inside a batch
+    accum = min(cfg.grad_accum_steps, rows // batch)
+    loader = ArcDataLoader(tasks, batch, run.model_cfg.block_size, grad_accum_steps=accum, **kind)
+    optimizers, ahead, losses = Optimizers(model, cfg), Ahead(loader, runtime.device.type == "cuda"), []
+    model.train()
+    model.remat = cfg.remat
+    for step in tqdm(range(steps), "test-time training", mininterval=1 if sys.stderr.isatty() else 30):
+        batches = ahead.take()
+        losses.append(within_memory(lambda batches=batches: accumulate(model, cut(batches, runtime.pieces), runtime),
+                                    model, runtime, batch))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
+        if not math.isfinite(losses[-1] + norm):
+            raise DataError(f"test-time training, step {step}: the loss is {losses[-1]}, the gradient norm {norm}; "
+                            "lower --ttt-lr")
+        optimizers.step(cfg.max_lr * schedule(step / steps, cfg.warmup_frac, cfg.decay_frac))
+        model.zero_grad(set_to_none=True)
+    model.eval()
+    few = max(1, steps // 10)
+    runtime.say(f"trained     {steps} steps at {lr:g} on {len(loader.tasks)} tasks' demonstrations, "
+                f"{len(loader.too_long)} too long: loss {np.mean(losses[:few]):.3f} -> {np.mean(losses[-few:]):.3f}")
+
+
+def adapted(model: GPT, path: Path, settings: dict[str, Any], train_it: Callable[[], None]) -> None:
+    """Have `train_it` change the model's weights and keep them at `path`, or load what it led to the last time."""
+    if path.is_file():
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for damaged files
+            raise DataError(f"{path}: not readable ({reason(error)}); delete it to train again") from None
+        if state["settings"] == settings:
+            model.load_state_dict(state["model"])
+            return
+    train_it()
+    save_checkpoint(path, {"settings": settings, "model": model.state_dict()})
+
+
+# == ANSWERS ==========================================================================================================
+
+
+class AnswerLog:
+    """`answers.jsonl`: the settings, then a line for each finished task; what is there already is not done again."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        """Open for appending; ConfigError where the file was made with other settings."""
+        self.records: dict[str, dict] = {}
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        kept = list(itertools.takewhile(bool, map(self.unseal, lines)))
+        if kept:
+            before = kept[0].get("settings")
+            if before != settings:
+                raise ConfigError(f"{path} was made {self.difference(before, settings)}; give another --out, or delete "
+                                  "that file")
+            self.records = {record["task"]: record for record in kept[1:]}
+        with replacing(path) as file:
+            file.write("".join(map(self.seal, [{"settings": settings}, *self.records.values()])).encode())
+        self.file = open(path, "a", encoding="utf-8")
+
+    @staticmethod
+    def seal(record: dict) -> str:
+        """A line that says whether it is whole."""
+        return json.dumps(record | {"checksum": zlib.crc32(json.dumps(record).encode())}) + "\n"
+
+    @staticmethod
+    def unseal(line: str) -> dict | None:
+        """What such a line holds; None where it is torn or damaged, and its task has to be done again."""
+        try:
+            record = json.loads(line)
+            checksum = record.pop("checksum")
+            return record if zlib.crc32(json.dumps(record).encode()) == checksum else None
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            return None
+
+    @staticmethod
+    def difference(before: Any, now: dict[str, Any]) -> str:
+        """In words, how the settings of the file differ from those of now."""
+        if not isinstance(before, dict):
+            return "by another program"
+        words = {"weights": "with other weights", "questions": "for other tasks"}
+        changed = [name for name in now if before.get(name) != now[name]]
+        return " and ".join(words.get(n, f"with {n} {before.get(n)}, not {now[n]}") for n in changed)
+
+    def write(self, records: list[dict]) -> None:
+        """Add finished tasks."""
+        self.file.write("".join(self.seal(record) for record in records if record["task"] not in self.records))
+        self.file.flush()
+        self.records |= {record["task"]: record for record in records}
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def extent(grid: Grid) -> int:
+    """Tokens of a grid as an answer, in whichever view it is longest."""
+    return grid.size + max(grid.shape) + 1
+
+
+def answer_limit(question: Question) -> int:
+    """Tokens after which an answer cannot be right any more, far above what the demonstrations suggest.
+
+    Three times the longest grid of the task, or more where its outputs have more than three times their inputs' cells.
+    It holds for every official task, and a model that finds no end is stopped before it has filled a 30 x 30 grid.
+    """
+    longest = max(map(extent, [*question.inputs, *(g for pair in question.demonstrations for g in pair)]))
+    growth = max(grid_out.size / grid_in.size for grid_in, grid_out in question.demonstrations)
+    return min(LONGEST, math.ceil(longest * max(3.0, growth)))
+
+
+def make_groups(questions: list[Question], views: int, block_size: int, batch_tokens: int) -> list[list[Question]]:
+    """Questions of similar length together, as many as one batch holds; the same whatever is answered already."""
+
+    def row(q: Question) -> int:
+        shown = sum(map(extent, [*q.inputs, *(g for pair in q.demonstrations for g in pair)]))
+        return min(block_size, shown) + answer_limit(q)
+
+    groups: list[list[Question]] = []
+    rows = 0
+    for q in sorted(questions, key=lambda q: (row(q), q.name)):
+        rows += views * len(q.inputs)
+        if not groups or rows * row(q) > batch_tokens:
+            groups.append([])
+            rows = views * len(q.inputs)
+        groups[-1].append(q)
+    return groups
+
+
+def answer_group(model: GPT, group: list[Question], run: Run, runtime: Runtime, args: argparse.Namespace,
+                 batch_tokens: int) -> list[dict]:
+    """Answer some tasks in all views: a record for each, as it goes into the log."""
+    asked = [(q, test, make_view(args.seed, q, k))
+             for q in group for test in range(len(q.inputs)) for k in range(args.views)]
+    prompts = [view_prompt(q, test, view, args.block_size, run.task_tokens) for q, test, view in asked]
+    limit = max(map(answer_limit, group))
+    answers = answer_prompts(model, [prompt for prompt, _ in prompts], runtime, limit, batch_tokens)
+    votes, left_out = defaultdict(list), Counter()
+    for (q, test, view), (_, dropped), (grid, logprob) in zip(asked, prompts, answers, strict=True):
+        votes[q.name, test].append((None if grid is None else view.undo(grid), logprob))
+        left_out[q.name] += dropped
+    return [{"task": q.name, "left_out": left_out[q.name],
+             "outputs": [as_output(*vote(votes[q.name, test], query)) for test, query in enumerate(q.inputs)]}
+            for q in group]
+
+
+def as_output(candidates: list[Candidate], dropped: dict[str, int]) -> dict[str, Any]:
+    """What the log keeps of the votes on one output."""
+    kept = [{"grid": c.grid.tolist(), "votes": c.votes, "logprob": c.logprob} for c in candidates[:KEPT]]
+    return {"candidates": kept} | dropped
+
+
+def answer_all(model: GPT, groups: list[list[Question]], run: Run, runtime: Runtime, args: argparse.Namespace,
+               say: Callable[[str], None]) -> Iterator[list[dict]]:
+    """The records of every group; where memory does not suffice, with smaller batches from there on."""
+    batch_tokens = args.batch_tokens
+    for group in groups:
+        records = None
+        while records is None:
+            try:
+                records = answer_group(model, group, run, runtime, args, batch_tokens)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error) or batch_tokens < 1024:
+                    raise
+                batch_tokens //= 2
+                say(f"out of memory; going on with batches of {batch_tokens:,} tokens (--batch-tokens)")
+            if records is None and runtime.device.type == "cuda":  # by now the failed attempt holds no memory any more
+                torch.cuda.empty_cache()
+        yield records
+
+
+# == RESULTS ==========================================================================================================
+
+
+def attempts_of(records: dict[str, dict], questions: list[Question]) -> Submission:
+    """Two attempts for every test input of the questions that have a record."""
+    return {q.name: [two_attempts([c["grid"] for c in output["candidates"]], query)
+                     for output, query in zip(records[q.name]["outputs"], q.inputs, strict=True)]
+            for q in questions if q.name in records}
+
+
+def write_submission(path: Path, submission: Submission) -> None:
+    """Kaggle's layout."""
+    write_json(path, {name: [{"attempt_1": a.tolist(), "attempt_2": b.tolist()} for a, b in outputs]
+                      for name, outputs in submission.items()})
+
+
+def count(records: Iterable[dict], views: int) -> dict[str, int]:
+    """What became of the answers."""
+    records = list(records)
+    outputs = [output for record in records for output in record["outputs"]]
+    return {
+        "answers": views * len(outputs),
+        "malformed_answers": sum(output["malformed"] for output in outputs),
+        "copies_of_the_input": sum(output["copies"] for output in outputs),
+        "outputs_without_answer": sum(not output["candidates"] for output in outputs),
+        "demonstrations_left_out": sum(record["left_out"] for record in records),
+    }
+
+
+def report_outputs(records: dict[str, dict], questions: list[Question], truths: Truths, seen: dict[str, list[bool]],
+                   views: int) -> list[dict]:
+    """One entry a test output, as `report.write_report` wants them."""
+    found = []
+    for q in questions:
+        shown = [{"input": i.tolist(), "output": o.tolist()} for i, o in q.demonstrations]
+        for i, (query, output) in enumerate(zip(q.inputs, records[q.name]["outputs"], strict=True)):
+            truth, grids = truths[q.name][i], [c["grid"] for c in output["candidates"]]
+            found.append({
+                "task": q.name, "test": i, "demonstrations": shown, "input": query.tolist(),
+                "attempts": [*grids, None, None][:2], "truth": truth if truth is None else truth.tolist(),
+                "seen": seen[q.name][i], "candidates": output["candidates"], "views": views,
+                "valid": views - output["malformed"] - output["copies"],
+            })
+    return found
+
+
+def draw_pictures(out: Path, outputs: list[dict], title: str) -> list[Path]:
+    """Contact sheets of all outputs, solved ones first: picture-01.png, picture-02.png, …
+
+    The heading counts as the scores do; an output that the run learned from says so.
+    """
+    import plot
+
+    entries = []
+    for o in outputs:
+        second = o["truth"] is not None and o["attempts"][1] == o["truth"]
+        grids = {"input": o["input"], "prediction": o["attempts"][second], "truth": o["truth"]}
+        shown = [tuple(np.array(pair[side]) for side in ("input", "output")) for pair in o["demonstrations"]]
+        name = o["task"] + ", learned from" * o["seen"] + ", second attempt" * second
+        entries.append({"name": name, "test": o["test"], "demonstrations": shown, "seen": o["seen"]}
+                       | {key: None if grid is None else np.array(grid) for key, grid in grids.items()})
+    entries.sort(key=plot.rank)
+    heading = plot.heading([e for e in entries if e["truth"] is not None and not e["seen"]])
+    sheets = [entries[i : i + plot.ROWS] for i in range(0, len(entries), plot.ROWS)]
+    digits = max(2, len(str(len(sheets))))
+    return [plot.draw_sheet(out / f"picture-{n:0{digits}}.png", sheet, heading,
+                            [title, f"sheet {n} of {len(sheets)}"])
+            for n, sheet in enumerate(sheets, 1)]
+
+
+def write_results(out: Path, records: dict[str, dict], questions: list[Question], truths: Truths,
+                  seen: dict[str, list[bool]], settings: dict[str, Any], args: argparse.Namespace) -> None:
+    """Submission, scores, report and pictures, and what they say in short."""
+    from report import write_report
+
+    submission, counts = attempts_of(records, questions), count(records.values(), args.views)
+    scores = score(submission, truths, seen) | counts | {"settings": settings}
+    outputs, title = report_outputs(records, questions, truths, seen, args.views), f"{args.run} on {settings['data']}"
+    write_submission(out / "submission.json", submission)
+    write_json(out / "scores.json", scores)
+    write_report(out / "report.html", outputs, scores, title)
+    pictures = draw_pictures(out, outputs, title) if args.picture else []
+    print(f"---\n{table(scores)}")
+    print(f"{'answers:':<18}{counts['answers']} in {args.views} views of each output: {counts['malformed_answers']} no "
+          f"grid, {counts['copies_of_the_input']} copies of the input; {counts['outputs_without_answer']} outputs "
+          "without any other")
+    print(f"{'left out:':<18}{counts['demonstrations_left_out']} demonstrations that did not fit --block-size "
+          f"{args.block_size}, over all views")
+    for name in ("submission.json", "scores.json", *(p.name for p in pictures[:1] + pictures[1:][-1:])):
+        print(f"{'written:':<18}{out / name}")
+    print(f"{'report:':<18}{out / 'report.html'}: open it in a browser, it needs no network")
+
+
+# == CLI ==============================================================================================================
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = Parser(prog="solve.py", allow_abbrev=False, description="Answer ARC tasks with a trained run, or score "
+                    "a submission.")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="the folder of a run, such as runs/arc")
+    parser.add_argument("--data-dir", metavar="PATH", help="a folder with training/ and evaluation/, a folder of "
+                        "tasks, or one task (default: what the run was trained with, or arc_data/arcagi)")
+    parser.add_argument("--split", choices=("training", "evaluation"), help="which tasks (default: evaluation)")
+    parser.add_argument("--tasks", nargs="+", metavar="ID", default=[], help="only these tasks (default: all)")
+    parser.add_argument("--views", type=int, default=8, metavar="N", help="views in which each output is answered "
+                        "(default: 8)")
+    parser.add_argument("--block-size", type=int, metavar="N", help="longest prompt, in tokens; demonstrations beyond "
+                        "it are left out (default: the run's)")
+    parser.add_argument("--batch-tokens", type=int, metavar="N", help="tokens answered at a time; bounds the memory "
+                        "(default: 524288 on CUDA, else 32768)")
+    parser.add_argument("--ttt-steps", type=int, default=0, metavar="N", help="first go on training on the "
+                        "demonstrations of the tasks for so many steps (default: 0)")
+    parser.add_argument("--ttt-lr", type=float, metavar="X", help="peak learning rate of that (default: a quarter of "
+                        "the run's)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of views and test-time training (default: 0)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute "
+                        "(default: auto)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of matrix products "
+                        "(default: auto)")
+    parser.add_argument("--kernels", default="auto", choices=("auto", "triton", "torch"), help="Mamba-2 scan "
+                        "(default: auto)")
+    parser.add_argument("--out", metavar="DIR", help="where the results go (default: RUN/solve-SPLIT)")
+    parser.add_argument("--picture", action="store_true", help="also draw contact sheets, picture-01.png and so on")
+    parser.add_argument("--score", metavar="FILE", help="score this submission and do nothing else; with RUN, outputs "
+                        "that it learned from do not count")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """ConfigError with everything that is wrong with the flags."""
+    found = []
+    if not args.run and not args.score:
+        found.append("give the folder of a run, such as runs/arc, or --score FILE")
+    lowest = {"views": 1, "block_size": 1, "batch_tokens": 1, "ttt_steps": 0, "ttt_lr": 0, "seed": 0}
+    for name, low in lowest.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value < 1e12:
+            found.append(f"--{name.replace('_', '-')} is {value}; it must be at least {low}")
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def data_path(args: argparse.Namespace, run: Run | None) -> Path:
+    """Where the tasks are."""
+    recorded = run.cfg.data_dir if run else ""
+    return Path(args.data_dir or recorded or HERE / "arc_data" / "arcagi")
+
+
+def score_file(args: argparse.Namespace) -> None:
+    """--score: the table and, as the last line, the same as JSON."""
+    run = read_run(Path(args.run)) if args.run else None
+    path = data_path(args, run)
+    questions, truths = read_questions(path, args.split, args.tasks)
+    others = {q.name for q in read_questions(path, args.split, [])[0]} if args.tasks else set()
+    submission = read_submission(Path(args.score), questions, others)
+    scores = score(submission, truths, mark_seen(questions, truths, run.pairs if run else set()))
+    scores["settings"] = {"submission": args.score, "data": described(path, args.split), "run": args.run}
+    print(f"{table(scores)}\n{json.dumps(scores)}")
+
+
+def described(path: Path, split: str | None) -> str:
+    """The tasks that are answered or scored, in words."""
+    return f"{path} {split or 'evaluation'}" if split or has_splits(path) else str(path)
+
+
+def make_settings(args: argparse.Namespace, model: GPT, step: int, questions: list[Question],
+                  runtime: Runtime) -> dict[str, Any]:
+    """Everything that decides on an answer; what was answered with other settings is not mixed in."""
+    weights = digest(name.encode() + v.numpy().tobytes() for name, v in model.state_dict().items())
+    grids = [(q.name, g) for q in questions for g in (*q.inputs, *(g for pair in q.demonstrations for g in pair))]
+    asked = digest(f"{name} {g.shape} ".encode() + g.tobytes() for name, g in grids)
+    return {"step": step, "weights": weights, "questions": asked, "dtype": str(runtime.dtype)[6:], "views": args.views,
+            "seed": args.seed, "block_size": args.block_size, "ttt_steps": args.ttt_steps, "ttt_lr": args.ttt_lr}
+
+
+def prepare_model(model: GPT, questions: list[Question], run: Run, runtime: Runtime, args: argparse.Namespace,
+                  settings: dict[str, Any], out: Path) -> None:
+    """Put the model where it computes, and train it on the demonstrations if that is asked for."""
+    model.to(runtime.device)
+    runtime.kernels.use(model)
+    if args.ttt_steps:
+        matter = {name: value for name, value in settings.items() if name not in ("views", "block_size")}
+        adapted(model, out / "adapted.pt", matter,
+                lambda: adapt(model, questions, run, runtime, args.ttt_steps, args.ttt_lr, args.seed))
+    model.eval()
+
+
+def solve(args: argparse.Namespace) -> None:
+    """Answer the tasks, or those that are left, and write everything down."""
+    from tqdm import tqdm
+
+    folder = Path(args.run)
+    run = read_run(folder)
+    path = data_path(args, run)
+    questions, truths = read_questions(path, args.split, args.tasks)
+    runtime = Runtime.start(dataclasses.replace(run.cfg, device=args.device, dtype=args.dtype, kernels=args.kernels))
+    model, step = load_model(folder, run.model_cfg)
+    args.block_size = args.block_size or run.model_cfg.block_size
+    args.batch_tokens = args.batch_tokens or (1 << 19 if runtime.device.type == "cuda" else 1 << 15)
+    args.ttt_lr = run.cfg.max_lr / 4 if args.ttt_lr is None else args.ttt_lr
+    settings = make_settings(args, model, step, questions, runtime)
+    where = args.split or ("evaluation" if has_splits(path) else path.resolve().stem)
+    out = Path(args.out) if args.out else folder / f"solve-{where}"
+    out.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(AnswerLog(out / "answers.jsonl", settings)) as log:
+        known = sum(q.name in run.task_tokens for q in questions)
+        runtime.say(f"run         {folder}: {run.model_cfg.pattern}, step {step}\ndevice      {runtime.describe()}\n"
+                    f"tasks       {described(path, args.split)}: {len(questions)} tasks, "
+                    f"{sum(map(len, truths.values()))} outputs; the run knows {known} of the tasks by name\n"
+                    f"results     {out}: {len(log.records)} tasks are answered already")
+        learned = {canonical_hash(p) for q in questions for p in q.demonstrations} if args.ttt_steps else set()
+        seen = mark_seen(questions, truths, run.pairs | learned)
+        groups = [g for g in make_groups(questions, args.views, args.block_size, args.batch_tokens)
+                  if any(q.name not in log.records for q in g)]
+        if groups:
+            prepare_model(model, questions, run, runtime, args, settings, out)
+        with tqdm(total=len(questions), initial=len(log.records), unit="task",
+                  mininterval=1 if sys.stderr.isatty() else 30) as bar:
+            for records in answer_all(model, groups, run, runtime, args, bar.write):
+                log.write(records)
+                done = {q.name for q in questions if q.name in log.records}
+                so_far = score(attempts_of(log.records, questions), {n: truths[n] for n in done},
+                               {n: seen[n] for n in done})
+                solved = round((so_far["pass@2"]["all_outputs"] or 0) * so_far["tasks"])
+                bar.set_postfix_str(f"{solved} of {so_far['tasks']} solved", refresh=False)
+                bar.update(len(done) - bar.n)
+    about = {"run": args.run, "data": described(path, args.split)} | settings
+    write_results(out, log.records, questions, truths, seen, about, args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 when all is done, 2 with one line for each problem, 130 when stopped."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = make_parser().parse_args(argv)
+    try:
+        check(args)
+        (score_file if args.score else solve)(args)
+    except KeyboardInterrupt:
+        print(f"\nstopped; finished tasks are kept; to go on: python solve.py {shlex.join(argv)}")
+        return 130
+    except (ConfigError, DataError) as error:
+        for line in str(error).splitlines():
+            print(f"solve.py: {line}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"solve.py: {reason(error)}; is there room, and may you write there? (--out)", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"solve.py: out of memory ({reason(error)}); lower --batch-tokens or --block-size", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
