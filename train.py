@@ -939,6 +939,13 @@ def reason(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0][:120] or type(error).__name__
 
 
+def read_text(path: Path) -> str:
+    """A file's text; OSError where it is no ordinary file, such as a pipe that nobody may ever write to."""
+    if path.exists() and not path.is_file():
+        raise OSError("not an ordinary file")
+    return path.read_text(encoding="utf-8")
+
+
 class Task(NamedTuple):
     """A task's name and its pairs; of a question, the last pair's output is None and its answer kept elsewhere."""
 
@@ -973,7 +980,8 @@ def read_task(path: Path) -> dict[str, list[tuple[Grid, Grid | None]]]:
     """One task file in the official layout: {"train": pairs, "test": pairs}; a test output may be missing (None)."""
     path = Path(path)
     try:
-        task = json.loads(path.read_text(encoding="utf-8"))
+        path.stem.encode()  # a name that is not UTF-8 could not be written to config.json
+        task = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({reason(error)})") from None
     pairs: dict[str, list] = {}
@@ -1230,7 +1238,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(read_text(path))
         sizes = {folder / shard["name"]: int(shard["bytes"]) for shard in meta["shards"]}
         if not 0 < int(meta["end_of_text"]) < int(meta["vocab_size"]) <= 65536:
             raise ValueError(f"a vocabulary of {meta['vocab_size']} with end of text {meta['end_of_text']}")
@@ -1619,7 +1627,7 @@ def load_config(folder: Path) -> tuple[ModelConfig, TrainConfig]:
     """The recorded settings of a run; DataError where config.json is missing or not ours."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_text(path))
         found = ModelConfig(**config["model"]), TrainConfig(**config["train"])
         for settings in found:
             for f in dataclasses.fields(settings):
@@ -1629,7 +1637,7 @@ def load_config(folder: Path) -> tuple[ModelConfig, TrainConfig]:
         return found
     except FileNotFoundError:
         raise DataError(f"{path}: there is no run in this folder to resume") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not the settings of a run ({reason(error)})") from None
 
 
@@ -1782,7 +1790,7 @@ class Lock:
     """Holds a run folder until this process ends, however it ends; ConfigError where another process holds it."""
 
     def __init__(self, folder: Path):
-        nt = os.name == "nt"  # Windows has no locks on folders
+        self.held, nt = None, os.name == "nt"  # Windows has no locks on folders
         self.held = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT) if nt else os.open(folder, os.O_RDONLY)
         try:
             if nt:
@@ -1794,13 +1802,17 @@ class Lock:
 
                 fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            os.close(self.held)
+            self.close()
             raise ConfigError(f"--out-dir {folder}: another process is training there; name another folder") from None
         except OSError:  # a file system without locks
             pass
 
     def close(self) -> None:
-        os.close(self.held)
+        if self.held is not None:
+            os.close(self.held)
+            self.held = None
+
+    __del__ = close
 
 
 class StopFlag:
@@ -2273,7 +2285,7 @@ def restore(state: dict, model: GPT, optimizers: Optimizers, ema: Any, loader: L
         if torch.cuda.is_initialized() and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
         return int(state["step"]), float(state["minutes"]), int(state["skipped"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # what is whole, but not ours, fails in many ways
         raise DataError(f"checkpoint.pt does not fit the run's settings and data ({reason(error)})") from None
 
 
@@ -2287,14 +2299,19 @@ def due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def open_run(folder: Path, model_cfg: ModelConfig, cfg: TrainConfig, data: Data, step: int,
-             minutes: float) -> MetricsLog:
-    """The run's folder with its settings, ready for metrics after `step`; ConfigError where it cannot be made."""
+def open_run(folder: Path, model_cfg: ModelConfig, cfg: TrainConfig, data: Data, step: int, minutes: float,
+             held: Lock | None) -> MetricsLog:
+    """The run's folder with its settings, ready for metrics after `step`; ConfigError where it cannot be made.
+
+    `held` is the lock of a run that is resumed; a fresh one takes it here.
+    """
     config = {"model": dataclasses.asdict(model_cfg), "train": dataclasses.asdict(cfg), "tasks": data.tasks}
     mirror = open_wandb(folder, config) if cfg.wandb else None
     try:
         folder.mkdir(parents=True, exist_ok=bool(cfg.out_dir or cfg.wandb))  # a free name may be taken by now
-        held = Lock(folder)
+        if not held:
+            held = Lock(folder)
+            new_run_folder(cfg)  # another run may have come and gone while this one began
         write_json(folder / "config.json", config)
         write_json(folder / "supervised_pairs.json", data.pairs)
         again = spent(cfg, step, minutes) >= 1 or due(step, cfg.eval_every)
@@ -2333,8 +2350,10 @@ def save(folder: Path, state: dict[str, Any], cfg: TrainConfig, bar: Any) -> Non
         bar.write(f"warning     step {state['step']}: {error}", file=sys.stderr)
 
 
-def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[str, Any] | None = None) -> None:
-    """Train in `folder` until the budget is spent or a signal comes; `state` is the checkpoint to go on from."""
+def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[str, Any] | None = None,
+          held: Lock | None = None) -> None:
+    """Train in `folder` until the budget is spent or a signal comes; `state` is the checkpoint to go on from, and
+    `held` the lock of its folder."""
     from tqdm import tqdm
 
     runtime = Runtime.start(cfg)
@@ -2354,7 +2373,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
     if runtime.rank:  # dropout differs between processes
         torch.manual_seed(hash((cfg.seed, runtime.rank, step)))
     network, averaged = wrap(model, cfg, runtime), ema.module if ema else model
-    log = open_run(folder, model_cfg, cfg, data, step, before) if runtime.main else None
+    log = open_run(folder, model_cfg, cfg, data, step, before, held) if runtime.main else None
 
     ahead, began, found, bad = Ahead(data.train, runtime.device.type == "cuda"), time.monotonic(), {}, 0
     bar = tqdm(total=1.0, disable=not runtime.main, miniters=0, mininterval=1 if sys.stderr.isatty() else 30,
@@ -2493,7 +2512,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if given.pop("resume", False):
             model_cfg, cfg, folder = resume_config(given)
-            train(model_cfg, cfg, folder, load_checkpoint(folder / "checkpoint.pt"))
+            held = Lock(folder) if os.environ.get("RANK", "0") == "0" else None  # before the checkpoint can change
+            train(model_cfg, cfg, folder, load_checkpoint(folder / "checkpoint.pt"), held)
         else:
             has_gpu = torch.cuda.is_available() and given.get("device", "auto") in ("auto", "cuda")
             model_cfg, cfg = make_config(given, has_gpu)
