@@ -1677,7 +1677,7 @@ def load_triton() -> Kernels:
         seq_idx = seq_idx if seq_idx is None else seq_idx.int()
         return upstream.mamba_chunk_scan_combined(*args, seq_idx=seq_idx, **kwargs)
 
-    if upstream.causal_conv1d_fwd_function is None:
+    if getattr(upstream, "causal_conv1d_fwd_function", None) is None:
         return Kernels(scan, None, "mamba-ssm Triton kernels")
     return Kernels(scan, upstream.mamba_split_conv1d_scan_combined, "mamba-ssm Triton kernels, fused (causal-conv1d)")
 
@@ -1804,7 +1804,7 @@ class Lock:
         except (BlockingIOError, PermissionError):
             self.close()
             raise ConfigError(f"--out-dir {folder}: another process is training there; name another folder") from None
-        except OSError:  # a file system without locks
+        except (OSError, ImportError):  # a file system or a Python without locks
             pass
 
     def close(self) -> None:
@@ -2028,7 +2028,8 @@ def open_text(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order:
     """FineWeb-Edu loaders."""
     folder = Path(cfg.data_dir) if cfg.data_dir else HERE / "data"
     meta = read_meta(folder)
-    model_cfg.vocab_size = math.ceil(meta.get("vocab_size", model_cfg.vocab_size) / 128) * 128
+    if meta:
+        model_cfg.vocab_size = math.ceil(meta["vocab_size"] / 128) * 128
     model_cfg.document_token = meta.get("end_of_text", END_OF_TEXT) if cfg.reset_at_document else -1
     sizes = (cfg.batch_size, model_cfg.block_size, model_cfg.vocab_size)
     data = Data(train=FineWebLoader(folder, "train", *sizes, **order), val=FineWebLoader(folder, "val", *sizes))

@@ -420,7 +420,7 @@ def train_and_measure(out: Path, data: str, name: str, seed: int, minutes: float
         row["groups"] = measure(model, data_, cfg, runtime, variant, ANSWER[data])
         return {}
 
-    def finish(folder, data_, found, step, spent):  # in place of the summary and its pictures
+    def finish(folder, data_, found, step, spent, skipped):  # in place of the summary and its pictures
         row.update(steps=step, tokens_per_second=row["tokens"] / (60 * spent))
 
     flags = f"{COMMON} --max-grid {SIDES[data]} --max-minutes {minutes:g} --seed {seed} {variant.flags} {extra}"

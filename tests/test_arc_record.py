@@ -122,7 +122,7 @@ def test_the_record_says_which_tasks_were_learned_from(finished):
     assert data["official"] == {"training": 6, "evaluation": 6} and extras["tasks"] > 0 and extras["generated"] == 0
     assert dump["tasks"] == dump["generated"] == data["generated_tasks"] == 2
     assert data["training_tasks"] == 6 + extras["tasks"] + 2
-    assert data["tasks_learned_from"] == data["training_tasks"] + 6  # and the demonstrations of evaluation tasks
+    assert data["tasks_learned_from"] == data["training_tasks"] - 2 + 6  # by name: no generated, but evaluation tasks
 
 
 @needs_linux
@@ -194,6 +194,8 @@ def test_a_piece_ends_in_time_and_lets_training_save(fake, tmp_path):
 @needs_linux
 @pytest.mark.parametrize("sent, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
 def test_a_signal_goes_on_to_what_runs(sent, code, fake, tmp_path):
+    if signal.getsignal(sent) is signal.SIG_IGN:
+        pytest.skip(f"{sent.name} is ignored here, as under nohup")
     process = start("--out-dir", tmp_path / "out", python=fake(SLEEPS))
     wait_for((tmp_path / "trains").exists, process)
     process.send_signal(sent)

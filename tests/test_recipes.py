@@ -197,7 +197,7 @@ def test_help_on_other_consoles(encoding, tmp_path):
 
 def test_text_is_read_and_written_as_utf8():
     """Windows takes its own code page where no encoding is named."""
-    calls = re.compile(r"(\.read_text\(|\.write_text\(|\bopen\()(.*)")
+    calls = re.compile(r"(\.read_text\(|\.write_text\(|(?<!os\.)\bopen\()(.*)")
     for path in [*sorted(ROOT.glob("*.py")), ROOT / "arc_data" / "prepare.py"]:
         for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if call := calls.search(line):
