@@ -181,15 +181,27 @@ class Flat(GPT):
         self.config = dataclasses.replace(cfg, grid=False)
 
 
+class FirstRows(nn.Module):
+    """A head made of an embedding's first rows."""
+
+    def __init__(self, embed, count):
+        super().__init__()
+        self.embed, self.count = [embed], count  # in a list, so that its weight is not counted twice
+
+    @property
+    def weight(self):
+        return self.embed[0].weight[: self.count]
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
 class Tied(GPT):
     """The head is the embedding of the sixteen tokens that can be answered."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        del self.head
-
-    def head(self, x):
-        return F.linear(x, self.embed.weight[: self.config.vocab_size])
+        self.head = FirstRows(self.embed, cfg.vocab_size)
 
 
 def torch_muon(params, lr, weight_decay):
