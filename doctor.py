@@ -1,6 +1,7 @@
 """One screen about this machine: what is installed, what loads, what was found, and what mends each problem.
 
     python doctor.py
+    python doctor.py --memory --preset small --batch-size 32    # what a model takes, measured; flags as for train.py
 
 Paste it into an issue. Exit code 0: training can run here; 1: it cannot. It downloads nothing and writes nothing.
 Whatever is missing or broken, torch too, becomes a line: so everything but the standard library is imported where it
@@ -8,12 +9,14 @@ is looked at, and this file stays readable to a Python older than train.py needs
 """
 
 import argparse
+import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -226,6 +229,156 @@ def look_at_data(report):
     report.say("text shards", f"{len(files)} in data: {counts}")
 
 
+def memory_settings(flags):
+    """The model and the run that these flags of train.py mean, tasks counted, and the largest batch to try."""
+    import torch
+
+    import train
+
+    given = vars(train.make_parser().parse_args(flags))
+    given.pop("resume", None)
+    cuda = torch.cuda.is_available() and given.get("device", "auto") in ("auto", "cuda")
+    model_cfg, cfg = train.make_config(given, cuda)
+    if cfg.device == "mps":
+        raise train.ConfigError("--memory measures on cuda and on the CPU only; add --device cpu")
+    cfg.device = "cuda" if cuda else "cpu"
+    tasks = Path(cfg.data_dir) if cfg.data_dir else HERE / "arc_data" / "arcagi"
+    if cfg.dataset == "arc":
+        model_cfg.document_token = train.UNKNOWN_TASK if cfg.packed else -1
+        if tasks.is_dir():
+            arc = train.load_arc(tasks, cfg.holdout, cfg.max_grid, cfg.demonstrations)
+            model_cfg.n_tasks = len({train.origin(task.name) for task in arc.tasks})
+    return model_cfg, cfg, given.get("batch_size", 1 << 20)
+
+
+def resident(name):
+    """Bytes of main memory that this process has (VmRSS) or has had at most (VmHWM); Linux."""
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(re.search(name + r":\s+(\d+)", text)[1])
+
+
+def measure(model_cfg, cfg, rows, remat):
+    """Two optimizer steps on `rows` sequences of block_size tokens, in a process of their own where it is a CPU.
+
+    Bytes of the optimizers' state ("optimizer"), of what the backward pass of a sequence keeps ("kept", CPU only), of
+    what the steps took beside the weights ("grown") and of everything ("peak"); "seconds" of the second step.
+    """
+    import torch
+
+    import train
+
+    runtime = train.Runtime.start(cfg)
+    cuda = runtime.device.type == "cuda"
+    torch.manual_seed(0)
+    model = train.GPT(model_cfg)
+    model.remat = remat
+    kept = None if cuda else train.activation_bytes(model)
+    runtime.kernels.use(model.to(runtime.device))
+    optimizers = train.Optimizers(model, cfg)
+    tokens = torch.zeros(rows, model_cfg.block_size, dtype=torch.long)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
+    for _ in range(2):
+        start = time.monotonic()
+        train.accumulate(model, [(tokens, tokens)], runtime)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step(0.0)
+        model.zero_grad(set_to_none=True)
+    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
+    state = sum(t.nbytes for t in train.tensors_of([list(o.state.values()) for o in optimizers.all]))
+    return {"optimizer": state, "kept": kept, "grown": peak - before, "peak": peak, "seconds": time.monotonic() - start}
+
+
+def measured(model_cfg, cfg, rows, remat):
+    """`measure`, or None where memory does not suffice."""
+    import torch
+
+    import train
+
+    if cfg.device == "cuda":  # here, so that Triton's kernels are compiled once
+        try:
+            return measure(model_cfg, cfg, rows, remat)
+        except RuntimeError as error:
+            if not train.out_of_memory(error):
+                raise
+        torch.cuda.empty_cache()
+        return None
+    job = json.dumps({"model": vars(model_cfg), "train": vars(cfg), "rows": rows, "remat": remat})
+    done = subprocess.run([sys.executable, str(HERE / "doctor.py"), "--measure", job], capture_output=True, text=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    if done.returncode < 0 or "memory" in done.stderr:  # ended by the system, or told
+        return None
+    raise RuntimeError((done.stderr.splitlines() or ["a process ended"])[-1])
+
+
+def batches(model_cfg, cfg, remat, largest, show):
+    """Measure 1, 2, 4, ... sequences until memory, patience or `largest` is reached; the most that fits, and all."""
+    import train
+
+    found, rows = {}, 1
+    while rows <= largest:
+        free = train.free_memory() if cfg.device == "cpu" else float("inf")
+        last = found.get(rows // 2)
+        if last and 2 * last["grown"] > free:
+            show(rows, None, f"not tried: about {2 * last['grown'] / 1e9:.1f} GB, with {free / 1e9:.1f} GB free")
+            break
+        if last and last["seconds"] > 60:
+            show(rows, None, "not tried: a step would take minutes")
+            break
+        values = measured(model_cfg, cfg, rows, remat)
+        show(rows, values, "does not fit")
+        if values is None:
+            break
+        found[rows] = values
+        rows *= 2
+    return max(found, default=0), found
+
+
+def memory(flags):
+    """--memory: what the model takes and how many sequences at a time fit, measured on the device at hand."""
+    import train
+
+    try:
+        model_cfg, cfg, largest = memory_settings(flags)
+        if cfg.device == "cpu" and not sys.platform.startswith("linux"):
+            raise train.ConfigError("--memory on a CPU is measured on Linux only")
+        import torch
+
+        with torch.device("meta"):
+            weights = sum(p.nbytes for p in train.GPT(model_cfg).parameters())
+    except (train.ConfigError, train.DataError) as error:
+        for line in str(error).splitlines():
+            print("doctor.py: " + line, file=sys.stderr)
+        return 2
+    mb = 1e6
+    print(f"model          {cfg.dataset} {cfg.preset}, {model_cfg.pattern}, {weights // 4:,} parameters, sequences of "
+          f"{model_cfg.block_size} tokens, on {cfg.device}")
+    kept, fits = {}, {}
+    for remat in (False, True):
+        print("\nsequences   steps take      peak     a step" + (", --remat" if remat else ""), flush=True)
+
+        def show(rows, values, why):
+            print(f"{rows:>9}   " + (f"{values['grown'] / mb:>7,.0f} MB {values['peak'] / mb:>7,.0f} MB "
+                                     f"{values['seconds']:>8.1f} s" if values else why), flush=True)
+
+        fits[remat], found = batches(model_cfg, cfg, remat, largest, show)
+        if not found:
+            continue
+        one, two = found[1], found.get(2)
+        kept[remat] = one["kept"] or (two["grown"] - one["grown"] if two else one["grown"])
+    if not fits[True]:
+        print(f"\nnot one sequence fits, even with --remat: lower --block-size {model_cfg.block_size} or the model")
+        return 1
+    print(f"\nweights        {weights / mb:,.1f} MB, gradients as much, optimizer {one['optimizer'] / mb:,.1f} MB")
+    print("activations    " + ", ".join(f"{size / mb:,.1f} MB a sequence{' with --remat' * remat}"
+                                        for remat, size in kept.items()))
+    print(f"fits           {fits[False]} sequences at a time, {fits[True]} with --remat; train.py cuts a larger "
+          "--batch-size by itself")
+    return 0
+
+
 def guarded(report, name, look, *arguments):
     """Run one part of the examination; its own faults are findings, too."""
     try:
@@ -236,13 +389,28 @@ def guarded(report, name, look, *arguments):
 
 
 def main(argv=None):
-    argparse.ArgumentParser(prog="doctor.py", description="What is installed here, and what mends the rest. "
-                            "Exit code 0 when training can run.").parse_args(argv)
+    parser = argparse.ArgumentParser(prog="doctor.py", allow_abbrev=False, description="What is installed here, and "
+                                     "what mends the rest. Exit code 0 when training can run.")
+    parser.add_argument("--memory", action="store_true", help="measure instead what a model takes and how many "
+                        "sequences at a time fit; further flags are those of train.py, --batch-size is the most to try")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    args, rest = parser.parse_known_args(argv)
+    if rest and not args.memory:
+        parser.error("unrecognized arguments: " + " ".join(rest))
+    sys.path.insert(0, str(HERE))
+    if args.measure:
+        from train import ModelConfig, TrainConfig
+
+        job = json.loads(args.measure)
+        job |= {"model": ModelConfig(**job["model"]), "train": TrainConfig(**job["train"])}
+        print(json.dumps(measure(job["model"], job["train"], job["rows"], job["remat"])))
+        return 0
+    if args.memory:
+        return memory(rest)
     if sys.version_info < (3, 10):  # noqa: UP036
         print("Python is " + platform.python_version() + "; train.py needs 3.10 or newer: install Python 3.12 and make "
               "a new environment with it")
         return 1
-    sys.path.insert(0, str(HERE))
     report = Report()
     guarded(report, "machine", look_at_machine)
     guarded(report, "packages", look_at_packages)

@@ -49,6 +49,7 @@ from train import (
     ConfigError,
     DataError,
     Grid,
+    Lock,
     ModelConfig,
     Optimizers,
     Pair,
@@ -726,7 +727,7 @@ def solve(args: argparse.Namespace) -> None:
     where = args.split or ("evaluation" if has_splits(path) else path.resolve().stem)
     out = Path(args.out) if args.out else folder / f"solve-{where}"
     out.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(AnswerLog(out / "answers.jsonl", settings)) as log:
+    with contextlib.closing(Lock(out)), contextlib.closing(AnswerLog(out / "answers.jsonl", settings)) as log:
         known = sum(q.name in run.task_tokens for q in questions)
         runtime.say(f"run         {folder}: {run.model_cfg.pattern}, step {step}\ndevice      {runtime.describe()}\n"
                     f"tasks       {described(path, args.split)}: {len(questions)} tasks, "

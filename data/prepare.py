@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gzip
 import hashlib
 import itertools
@@ -46,6 +47,7 @@ VOCABULARY = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tik
 KINDS = {".txt": "text", ".txt.gz": "text", ".md": "text", ".jsonl": "json", ".jsonl.gz": "json", ".parquet": "rows"}
 
 SHARD_TOKENS = 100_000_000
+SHARD_KEYS = {"name", "split", "tokens", "documents", "bytes", "sha256"}  # of a shard in meta.json
 BLOCK = 1 << 20  # bytes of text that travel to a worker at once; a document of plain text that is longer is cut
 ROWS = 128  # the same for parquet
 LONGEST = 1 << 18  # characters in one call of tiktoken, which fails on a million spaces in a row
@@ -496,9 +498,10 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         meta = json.loads(path.read_bytes())
-        if meta["format"] != 1 or not isinstance(meta["shards"], list):
+        keys = new_meta("", None, None, "gpt2", shard_tokens=None, val_tokens=None).keys()
+        if meta["format"] != 1 or not keys <= meta.keys() or not all(SHARD_KEYS <= s.keys() for s in meta["shards"]):
             raise ValueError("of another format")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{path} is not what this script writes ({reason(error)})"
         raise PrepareError(f"{what}: give another --out, or delete it and the shards beside it") from None
     return meta if meta["shards"] else None
@@ -527,8 +530,13 @@ def whole(folder: Path, shard: dict[str, Any]) -> bool:
     path = folder / shard["name"]
     if path.is_file() and path.stat().st_size == shard["bytes"] and sha256(path) == shard["sha256"]:
         return True
-    print(f"{path} is missing or damaged: it is made again")
+    tqdm.write(f"{path} is missing or damaged: it is made again")
     return False
+
+
+def checking(shards: list[dict[str, Any]]) -> tqdm:
+    """The same shards, with a progress bar: a hundred of them are 20 GB to read."""
+    return tqdm(shards, desc="checking", unit="shard", leave=False, disable=None)
 
 
 def new_meta(source: str, revision: str | None, files: list | None, tokenizer: str, **sizes: int | None) -> dict:
@@ -555,20 +563,30 @@ class Shards:
         """Take tokens; `place(n)` is the position behind the first n of them."""
         done = 0
         while done < len(tokens):
-            first = not self.meta["shards"]
-            stop = self.size if not first else self.val if self.filled < self.val else self.val + self.size
-            n = min(stop - self.filled, len(tokens) - done)
+            end = self.next_cut()
+            n = min(end - self.filled, len(tokens) - done)
             self.buffer[self.filled : self.filled + n] = tokens[done : done + n]
             self.filled, done = self.filled + n, done + n
-            if self.filled < stop:
-                continue
-            if stop == self.val and first:
-                self.behind_val = place(done)
-                continue
-            if first:
-                self.write("val", self.buffer[: self.val], self.behind_val)
-            self.write("train", self.buffer[self.val if first else 0 : stop], place(done))
-            self.filled = 0
+            if self.filled == end:
+                self.cut(place(done))
+
+    def next_cut(self) -> int:
+        """How many tokens the buffer holds when the next shard is full."""
+        if self.meta["shards"]:
+            return self.size
+        return self.val if self.filled < self.val else self.val + self.size
+
+    def cut(self, behind: Position) -> None:
+        """A shard is full: write it, or keep in mind where it ends, as long as it is held back."""
+        tokens = self.buffer[: self.filled]
+        if not self.meta["shards"]:
+            if self.filled == self.val:
+                self.behind_val = behind
+                return
+            self.write("val", tokens[: self.val], self.behind_val)
+            tokens = tokens[self.val :]
+        self.write("train", tokens, behind)
+        self.filled = 0
 
     def finish(self) -> None:
         """The last shard; of a small corpus, both. Raises PrepareError where there is too little for two."""
@@ -625,14 +643,15 @@ def encode_in_order(pool: ProcessPoolExecutor, blocks: Iterator[Block], ahead: i
     """(block, future of its Encoded), with at most `ahead` blocks on their way."""
     waiting: deque = deque()
     for block in blocks:
-        waiting.append((block, pool.submit(encode_block, *block[3:5], *block[1:3])))
+        waiting.append((block, pool.submit(encode_block, block.kind, block.data, block.at, block.inside)))
         if len(waiting) > ahead:
             yield waiting.popleft()
     yield from waiting
 
 
-def behind(block: Block, encoded: Encoded, end_of_text: int, n: int) -> Position:
-    """The position behind the first n tokens of a block."""
+def position_behind(block: Block, encoded: Encoded, end_of_text: int, known: int, more: int) -> Position:
+    """The position behind the first known + more tokens of a block."""
+    n = known + more
     starts = np.flatnonzero(encoded.tokens == end_of_text)  # one a document: text never makes this id
     document = int(np.searchsorted(starts, n, side="right")) - 1
     if document < 0:
@@ -655,7 +674,8 @@ def tokenize(shards: Shards, locate: Callable[[str], Path], start: Position, wor
                 raise PrepareError(f"{path}, line {line} {error.args[1]}: repair or remove that line") from None
             known = min(skip, len(encoded.tokens))  # in a shard already
             skip -= known
-            shards.add(encoded.tokens[known:], lambda n, b=block, e=encoded, k=known: behind(b, e, eot, k + n))
+            place = functools.partial(position_behind, block, encoded, eot, known)
+            shards.add(encoded.tokens[known:], place)
             empty, repaired = empty + encoded.empty, repaired + encoded.repaired
             bar.update(block.read - bar.n)
     shards.finish()
@@ -670,7 +690,8 @@ def prepare_text(out: Path, job: dict, locate: Callable[[str], Path], prefix: st
     meta, start = read_meta(out) or job, Position()
     same_job(out, meta, job)
     complete, known = meta["complete"], len(meta["shards"])
-    shards = list(itertools.takewhile(lambda shard: whole(out, shard), meta["shards"]))
+    with checking(meta["shards"]) as listed:
+        shards = list(itertools.takewhile(lambda shard: whole(out, shard), listed))
     if len(shards) < known or not complete:
         complete = False
         place = shards[-1]["next"] if shards else Position()._asdict()
@@ -727,7 +748,9 @@ def from_ready(out: Path, count: int) -> None:
     job = new_meta(READY, None, None, "gpt2", shard_tokens=None, val_tokens=None)
     meta = read_meta(out) or job
     same_job(out, meta, job)
-    listed, meta["shards"] = meta["shards"], [s for s in meta["shards"] if whole(out, s)]
+    names = {s["name"] for s in meta["shards"]}
+    with checking(meta["shards"]) as listed:
+        meta["shards"] = [s for s in listed if whole(out, s)]
     have, splits = {s["name"] for s in meta["shards"]}, [s["split"] for s in meta["shards"]]
     if "val" in splits and splits.count("train") >= count:
         summary(out, meta, "complete already")
@@ -738,7 +761,7 @@ def from_ready(out: Path, count: int) -> None:
         raise PrepareError(f"--pretokenized {count}: {READY} has {len(train)} training shards")
     out.mkdir(parents=True, exist_ok=True)
     meta["complete"] = False
-    for name in {s["name"] for s in listed} - have:
+    for name in names - have:
         (out / name).unlink(missing_ok=True)  # the hub's library might take it as it is
     for file in val[:1] + train[:count]:
         if file["name"] not in have:

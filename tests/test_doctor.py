@@ -1,7 +1,9 @@
 """doctor.py on this machine, and on machines that lack something or have it broken."""
 
 import os
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from helpers import ROOT, python, write_shard
 
 import doctor
+import train
 
 
 @pytest.fixture
@@ -151,3 +154,65 @@ def test_it_takes_no_flags_it_does_not_know(capsys):
     with pytest.raises(SystemExit) as stop:
         doctor.main(["--nonsense"])
     assert stop.value.code == 2 and "--nonsense" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --memory
+
+SMALL = ["--preset", "nano", "--pattern", "MA", "--d-model", "32", "--n-head", "2", "--d-state", "8", "--headdim", "16",
+         "--d-ff", "64", "--block-size", "512", "--device", "cpu"]  # fmt: skip
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a CPU is measured on Linux only")
+
+
+@linux
+def test_memory_is_measured(tmp_path):
+    """What it prints is the model's size, and what steps on 1 and 2 sequences take; more take more."""
+    argv = [ROOT / "doctor.py", "--memory", *SMALL, "--dataset", "fineweb", "--batch-size", "2"]
+    out, err = (process := python(*argv, cwd=tmp_path)).communicate(timeout=120)
+    assert process.returncode == 0 and err == "", err
+    cfg = train.make_config(dict(dataset="fineweb", preset="nano", pattern="MA", d_model=32, n_head=2, d_state=8,
+                                 headdim=16, d_ff=64, block_size=512), False)[0]  # fmt: skip
+    size = sum(p.numel() for p in train.GPT(cfg).parameters())
+    assert f"{size:,} parameters" in out and f"weights        {4 * size / 1e6:,.1f} MB" in out
+    rows = re.findall(r"^ +(\d+) +([\d,]+) MB +([\d,]+) MB +[\d.]+ s$", out, re.M)
+    assert [int(n) for n, _, _ in rows] == [1, 2, 1, 2] and "fits           2 sequences at a time, 2 with" in out
+    assert all(int(peak.replace(",", "")) > int(grown.replace(",", "")) > 0 for _, grown, peak in rows)
+
+
+@pytest.mark.parametrize("fits, code, words", [(2, 0, "fits           2 sequences at a time, 4 with --remat"),
+                                               (0, 1, "not one sequence fits")])  # fmt: skip
+def test_memory_that_does_not_suffice(fits, code, words, monkeypatch, capsys):
+    """As if memory ran out beyond `fits` sequences, and beyond twice as many with --remat."""
+    monkeypatch.setattr(sys, "platform", "linux")
+
+    def measured(model_cfg, cfg, rows, remat):
+        kept = 5_000_000 // (1 + remat)
+        found = {"optimizer": 8e6, "kept": kept, "grown": rows * kept, "peak": 1e8 + rows * kept, "seconds": 0.1}
+        return found if rows <= fits * (1 + remat) else None
+
+    monkeypatch.setattr(doctor, "measured", measured)
+    assert doctor.main(["--memory", *SMALL]) == code
+    out = capsys.readouterr().out
+    assert words in out and out.count("does not fit") == 2
+    if fits:
+        assert "activations    5.0 MB a sequence, 2.5 MB a sequence with --remat" in out
+
+
+@linux
+def test_memory_stops_before_the_machine_does(monkeypatch, capsys):
+    """Sixteen sequences would take more than is free: they are not tried."""
+    monkeypatch.setattr(train, "free_memory", lambda: 60e6)
+    tried = []
+
+    def measured(model_cfg, cfg, rows, remat):
+        tried.append(rows)
+        return {"optimizer": 8e6, "kept": 5e6, "grown": rows * 5e6, "peak": rows * 5e6, "seconds": 0.1}
+
+    monkeypatch.setattr(doctor, "measured", measured)
+    assert doctor.main(["--memory", *SMALL]) == 0
+    assert tried == [1, 2, 4, 8] * 2 and "   16   not tried: about 0.1 GB, with 0.1 GB free" in capsys.readouterr().out
+
+
+def test_memory_refuses_what_train_would_refuse(capsys):
+    assert doctor.main(["--memory", "--preset", "none"]) == 2
+    assert "doctor.py: --preset 'none' is none of arc's" in capsys.readouterr().err

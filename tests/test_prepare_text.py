@@ -445,8 +445,10 @@ def test_a_folder_with_other_shards_is_refused(inline, tmp_path, capsys):
     source, out = write(tmp_path / "c.txt", ["x"] * 50), folder(tmp_path / "out")
     np.save(out / "mine_train_000001.npy", np.zeros(9, np.uint16))
     refused(capsys, run(source, out), "mine_train_000001.npy", "another --out")
-    (out / "meta.json").write_text("{")
-    refused(capsys, run(source, out), "meta.json", "another --out")
+    good = script.new_meta("c.txt", None, [], "gpt2", shard_tokens=9, val_tokens=None)
+    for text in ("{", "[]", '{"format": 1, "shards": []}', json.dumps(good | {"shards": [{"name": "x"}]})):
+        (out / "meta.json").write_text(text)
+        refused(capsys, run(source, out), "meta.json", "another --out")
     refused(capsys, run(source, raw(tmp_path / "file", b"")), "file")
     assert sorted(os.listdir(out)) == ["meta.json", "mine_train_000001.npy"]
 

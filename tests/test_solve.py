@@ -1,5 +1,6 @@
 """solve.py: views, votes and scores; going on after a stop; test-time training; and that no answer leaks."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -470,6 +471,15 @@ def test_answers_made_with_other_settings_are_not_mixed_in(change, expected, tra
     assert err.count("\n") == 1 and expected in err and "--out" in err and tree(solved) == before
 
 
+def test_two_processes_do_not_write_into_one_folder(trained, solved, capsys):
+    lock = train.Lock(solved)
+    assert call(trained, "--out", solved, *FEW) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "another process" in err and str(solved) in err
+    lock.close()
+    assert call(trained, "--out", solved, *FEW) == 0
+
+
 def test_other_weights_are_other_settings(trained, solved, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "run")
     state = checkpoint(trained)
@@ -555,23 +565,30 @@ def test_test_time_training_learns_the_demonstrations_and_leaves_the_run_alone(t
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
-def test_test_time_training_sees_demonstrations_only(data, trained, monkeypatch):
+@pytest.mark.parametrize("packed", [False, True])
+def test_test_time_training_sees_demonstrations_only(packed, data, trained, monkeypatch):
     """What its loader is given, with their tokens: a task that the run has no token for trains without one."""
-    given = {}
+    made = []
 
     class Loader(train.ArcDataLoader):
         def __init__(self, tasks, *args, **options):
             super().__init__(tasks, *args, **options)
-            given.update(tasks=tasks, **options)
+            self.given = tasks
+            made.append(self)
 
     monkeypatch.setattr(solve, "ArcDataLoader", Loader)
     questions, _ = solve.read_questions(data, "evaluation", [])
     folder = solve.read_run(trained)
     model, _ = solve.load_model(trained, folder.model_cfg)
-    solve.adapt(model, questions, folder, runtime(), 1, 0.001, 5)
-    assert given["seed"] == 5 and not set(given["task_tokens"]) & {q.name for q in questions}
-    for task, q in zip(given["tasks"], questions, strict=True):
-        assert task.name == q.name
+    cfg = dataclasses.replace(folder.cfg, packed=packed, batch_size=16, grad_accum_steps=3)
+    solve.adapt(model, questions, folder._replace(cfg=cfg), runtime(), 1, 0.001, 5)
+    loader = made[-1]
+    rows = len(train.ArcDataLoader(loader.given, 1, 256, packed=packed, seed=5).batches())
+    assert rows < 6 if packed else rows == 6
+    assert loader.packed == packed and loader.effective == rows, "each task once in a batch"
+    assert loader.seed == 5 and loader.task_tokens == folder.task_tokens
+    for task, q in zip(loader.given, questions, strict=True):
+        assert task.name == q.name and q.name not in folder.task_tokens
         listed = load(data / "evaluation" / f"{q.name}.json")["train"]
         assert same_pairs(task.pairs, [(np.array(p["input"]), np.array(p["output"])) for p in listed])
 
