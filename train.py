@@ -101,9 +101,12 @@ class ModelConfig:
     def validate(self) -> list[str]:
         """Everything that is wrong with these sizes, in the words of the flags; empty when the model can be built."""
         found = []
-        for name in ("vocab_size", "block_size", "d_model", "n_head", "d_state", "headdim", "d_ff", "chunk_size"):
-            if getattr(self, name) < 1:
-                found.append(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        for name in ("vocab_size", "block_size", "d_model", "n_head", "d_state", "headdim", "d_ff", "chunk_size",
+                     "d_conv", "expand", "ngroups"):
+            if not 1 <= getattr(self, name) < 2**31:
+                found.append(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1, below 2^31")
+        if not (0 < self.norm_eps < 1 and 0 < self.rope_theta < math.inf and len(self.pattern) <= 1000):
+            found.append("norm_eps, rope_theta or the length of --pattern make no model")
         if not self.pattern or set(self.pattern) - set("MA"):
             found.append(f"--pattern {self.pattern!r} must be letters M (Mamba-2) and A (attention), such as MAMA")
         if not 0 <= self.dropout < 1:
@@ -1240,9 +1243,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads(read_text(path))
         sizes = {folder / shard["name"]: int(shard["bytes"]) for shard in meta["shards"]}
-        if not 0 < int(meta["end_of_text"]) < int(meta["vocab_size"]) <= 65536:
+        if not isinstance(meta["tokenizer"], str) or not 0 < meta["end_of_text"] < meta["vocab_size"] <= 65536:
             raise ValueError(f"a vocabulary of {meta['vocab_size']} with end of text {meta['end_of_text']}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise DataError(f"{path}: does not describe shards ({reason(error)}); make them again with data/prepare.py, "
                         "or remove it") from None
     for file, size in sizes.items():
@@ -1527,6 +1530,9 @@ class Optimizers:
         """Restore `state_dict()`."""
         for o, s in zip(self.all, states, strict=True):
             o.load_state_dict(s)
+            for p, values in o.state.items():
+                if any(not isinstance(t, Tensor) or (t.dim() and len(t) != len(p)) for t in values.values()):
+                    raise ValueError("the optimizer's state has other shapes than its parameters")
 
 
 def make_ema(model: GPT, share: float) -> torch.optim.swa_utils.AveragedModel | None:
@@ -1560,10 +1566,9 @@ def replacing(path: Path, check: Any = None):
         os.replace(temporary, path)
         if os.name == "posix":
             folder = os.open(path.parent, os.O_RDONLY)
-            try:
+            with contextlib.suppress(OSError):  # some network file systems cannot
                 os.fsync(folder)
-            finally:
-                os.close(folder)
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1593,9 +1598,12 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     try:
         with replacing(path, check_content) as file:
             torch.save(state, file)
-    except (OSError, RuntimeError) as error:  # torch wraps what its file raises
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ or error  # torch hides what its file raised
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         needs, free = sum(t.nbytes for t in tensors_of(state)) / 1e6, shutil.disk_usage(path.parent).free / 1e6
-        raise DataError(f"{path}: cannot be written ({reason(error)}); it needs {needs:,.0f} MB where {free:,.0f} MB "
+        raise DataError(f"{path}: cannot be written ({reason(cause)}); it needs {needs:,.0f} MB where {free:,.0f} MB "
                         "are free; the checkpoint before it is untouched") from None
 
 
@@ -1634,6 +1642,8 @@ def load_config(folder: Path) -> tuple[ModelConfig, TrainConfig]:
                 value, kind = getattr(settings, f.name), type(f.default)
                 if type(value) is not kind and not (kind is float and type(value) is int):
                     raise TypeError(f"{f.name} is {str(value)[:40]!r}, not of type {kind.__name__}")
+        if wrong := found[0].validate() + found[1].validate():
+            raise ValueError(wrong[0])
         return found
     except FileNotFoundError:
         raise DataError(f"{path}: there is no run in this folder to resume") from None
@@ -1779,11 +1789,12 @@ def free_memory() -> float:
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    with contextlib.suppress(OSError, ValueError):  # a container's limit, or "max"
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a container's limit, or "max"
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
-        found.append(limit - used)
-    return min(found)
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+        found.append(limit - used + int(stat["inactive_file"]))  # files read before can be given back
+    return min(found) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 class Lock:
@@ -1836,34 +1847,42 @@ class StopFlag:
 class MetricsLog:
     """`metrics.jsonl`, one object a line; a resume first drops the lines after the checkpoint's step."""
 
-    def __init__(self, path: Path, step: int, redo: bool, mirror: Any = None, held: Any = None):
+    def __init__(self, path: Path, step: int, redo: bool, mirror: Any = None, held: Any = None, patient: bool = False):
         """Open for appending after `step`; `redo` also drops that step's evaluation, which will be made again.
 
         `mirror`, a Weights & Biases run, gets every line as well; `held`, the folder's lock, is let go on closing.
         """
         kept = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError):  # a line torn by a crash
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a line torn by a crash
                     values = json.loads(line)
                     if values["step"] <= step and not (redo and values["step"] == step and "val_loss" in values):
                         kept.append(line + "\n")
         with replacing(path) as file:
             file.write("".join(kept).encode())
-        self.file, self.mirror, self.held = open(path, "a", encoding="utf-8"), mirror, held
+        self.file, self.mirror, self.held = open(path, "ab", buffering=0), mirror, held
+        self.path, self.patient, self.waiting = path, patient, b""
 
     def write(self, **values: Any) -> None:
-        """One line; numbers that are none, such as a loss that is not finite, become null."""
+        """One line; numbers that are none, such as a loss that is not finite, become null. DataError on a full disk,
+        unless the log is patient: then the line waits and goes out, whole, with a later one."""
         values = {k: v if not isinstance(v, float) else round(v, 6) if math.isfinite(v) else None
                   for k, v in values.items()}
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        self.waiting += json.dumps(values).encode() + b"\n"
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
+            if not self.patient:
+                raise DataError(f"{self.path}: cannot be written ({reason(error)})") from None
         if self.mirror:
             self.mirror.log(values)
 
     def sync(self) -> None:
         """Have every line on disk: what a checkpoint is about to stand on."""
-        os.fsync(self.file.fileno())
+        with contextlib.suppress(OSError):
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()
@@ -1908,7 +1927,7 @@ def validation_loss(model: GPT, loader: Loader, runtime: Runtime, batches: int =
     """Mean cross-entropy in nats over the supervised tokens of the loader's first batches."""
     loader.epoch = loader.position = 0
     total, count = 0.0, 0
-    for _, (x, y) in zip(range(batches), loader, strict=False):
+    for x, y in cut(list(itertools.islice(loader, batches)), runtime.pieces):
         with runtime.autocast():
             loss = model(x.to(runtime.device), y.to(runtime.device))[1]
         supervised = int((y != IGNORE_INDEX).sum())
@@ -2033,7 +2052,7 @@ def open_text(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order:
     model_cfg.document_token = meta.get("end_of_text", END_OF_TEXT) if cfg.reset_at_document else -1
     sizes = (cfg.batch_size, model_cfg.block_size, model_cfg.vocab_size)
     data = Data(train=FineWebLoader(folder, "train", *sizes, **order), val=FineWebLoader(folder, "val", *sizes))
-    data.unigram = unigram_loss(data.train.shards[0][:2_000_000], data.val.shards[0][:2_000_000])
+    data.unigram = unigram_loss(*(max(loader.shards, key=len)[:2_000_000] for loader in (data.train, data.val)))
     counts = [f"{sum(map(len, loader.shards)):,}" for loader in (data.train, data.val)]
     runtime.say(f"data        {folder}: {counts[0]} training and {counts[1]} validation tokens in "
                 f"{len(data.train.files)} + {len(data.val.files)} shards")
@@ -2044,16 +2063,17 @@ def open_text(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order:
 
 def open_tokenizer(data: Data, name: str, runtime: Runtime) -> None:
     """Give `data` the tokenizer of its shards, and count the bytes of the validation shard; says what it lacks."""
-    try:
-        from data.prepare import PrepareError, load_tokenizer
+    from data.prepare import PrepareError, load_tokenizer
 
+    try:
         data.tokenizer = load_tokenizer(name)
     except (ImportError, PrepareError) as error:
         runtime.say(f"            no bits per byte and no samples: {error}")
         return
     lengths = [len(data.tokenizer.decode_single_token_bytes(i)) for i in range(data.tokenizer.n_vocab - 1)]
-    seen = data.val.shards[0][:2_000_000]
-    data.bytes_per_token = float(np.array([*lengths, 0])[seen].mean())  # the last token is end-of-text
+    seen = max(data.val.shards, key=len)[:2_000_000]
+    lengths = np.array([*lengths, *[0] * (65536 - len(lengths))])  # end-of-text, the last token, spells nothing
+    data.bytes_per_token = max(float(lengths[seen].mean()), 1e-9)
 
 
 def open_data(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime) -> Data:
@@ -2064,7 +2084,7 @@ def open_data(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime) -> Dat
 
 def continue_text(model: GPT, data: Data, runtime: Runtime) -> str:
     """The first 24 tokens of the validation shard and 48 drawn behind them, the same draw every time."""
-    prompt, generator = data.val.shards[0][:24].astype(np.int64), torch.Generator().manual_seed(0)
+    prompt, generator = max(data.val.shards, key=len)[:24].astype(np.int64), torch.Generator().manual_seed(0)
 
     def choose(logp: Tensor) -> Tensor:
         p = (logp[:, : data.tokenizer.n_vocab].cpu() / 0.8).softmax(-1)
@@ -2089,7 +2109,7 @@ def evaluate(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder:
     if data.questions:
         prompts = [make_prompt(task, model.config.block_size, data.task_tokens) for task in data.questions]
         longest = cfg.max_grid * (cfg.max_grid + 1) + 1
-        batch_tokens = cfg.batch_size * (model.config.block_size + longest)
+        batch_tokens = math.ceil(cfg.batch_size / runtime.pieces) * (model.config.block_size + longest)
         predicted = [grid for grid, _ in answer_prompts(model, prompts, runtime, longest, batch_tokens)]
         found |= score_answers(predicted, data.answers)
         shown = []
@@ -2221,10 +2241,11 @@ def rehearse(model: GPT, optimizers: Optimizers, cfg: TrainConfig, runtime: Runt
         if runtime.device.type == "cpu":
             weights = sum(p.nbytes for p in model.parameters())
             room = free_memory() - 4 * weights  # gradients, two numbers a weight of the optimizers', transients
-            one = activation_bytes(model)
+            one = full = activation_bytes(model)
             while math.ceil(rows / runtime.pieces) * one * 1.5 > room:
                 relieve(model, runtime, rows)
-                one = activation_bytes(model)
+                if model.remat:  # and one block's activations and transients come again in the backward pass
+                    one = activation_bytes(model) + 3 * full // len(model.blocks)
         else:
             if runtime.kernels.scan is not ssd_scan:
                 runtime.say("            compiling the Triton kernels, which takes minutes the first time")
@@ -2316,7 +2337,7 @@ def open_run(folder: Path, model_cfg: ModelConfig, cfg: TrainConfig, data: Data,
         write_json(folder / "config.json", config)
         write_json(folder / "supervised_pairs.json", data.pairs)
         again = spent(cfg, step, minutes) >= 1 or due(step, cfg.eval_every)
-        return MetricsLog(folder / "metrics.jsonl", step, redo=again, mirror=mirror, held=held)
+        return MetricsLog(folder / "metrics.jsonl", step, again, mirror, held, cfg.save_failure == "warn")
     except OSError as error:
         raise ConfigError(f"--out-dir {folder}: cannot be written ({reason(error)})") from None
 
@@ -2341,14 +2362,21 @@ def finish(folder: Path, data: Data, found: dict[str, float], step: int, minutes
         print(f"{'picture:':<18}none ({reason(error)})")
 
 
-def save(folder: Path, state: dict[str, Any], cfg: TrainConfig, bar: Any) -> None:
-    """Write the checkpoint; where that fails, stop (DataError) or warn, as --save-failure has it."""
+def finite(model: GPT) -> bool:
+    """Whether all weights are numbers."""
+    return bool(torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all())
+
+
+def save(folder: Path, state: dict[str, Any], cfg: TrainConfig, bar: Any) -> bool:
+    """Write the checkpoint; where that fails, stop (DataError) or warn, as --save-failure has it. Whether it did."""
     try:
         save_checkpoint(folder / "checkpoint.pt", state)
+        return True
     except DataError as error:
         if cfg.save_failure == "stop":
             raise
         bar.write(f"warning     step {state['step']}: {error}", file=sys.stderr)
+        return False
 
 
 def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[str, Any] | None = None,
@@ -2390,10 +2418,14 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
             # once in a while save: at the start, and before every evaluation, which may take long
             late = cfg.save_minutes and minutes - saved_at >= cfg.save_minutes
             if done or stopping or evaluates or late or due(step, cfg.save_every):
+                if not finite(model):
+                    raise DataError(f"step {step}: weights are not finite; {folder} holds step {saved}; start again "
+                                    "with a lower --max-lr, or resume from there")
                 if runtime.main and step != saved:
                     log.sync()
-                    save(folder, snapshot(model, optimizers, ema, ahead.state, step, minutes, skipped, cfg), cfg, bar)
-                saved, saved_at = step, minutes
+                    state = snapshot(model, optimizers, ema, ahead.state, step, minutes, skipped, cfg)
+                    saved, state = step if save(folder, state, cfg, bar) else saved, None
+                saved_at = minutes
             if stopping:
                 break
 
@@ -2436,7 +2468,8 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
                                 f"step {saved}; start again with a lower --max-lr, or resume from there")
     if runtime.main and stopping:
         again = f"python train.py --out-dir {shlex.quote(str(folder))} --resume"
-        print(f"stopped at step {step} and saved; to go on: {again}")
+        print(f"stopped at step {step} and saved step {saved}; to go on: {again}" if saved != step else
+              f"stopped at step {step} and saved; to go on: {again}")
     elif runtime.main:
         finish(folder, data, found, step, minutes, skipped)
     if runtime.world > 1:  # leave together, and before the interpreter takes the gradient buckets apart
@@ -2448,8 +2481,8 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
 
 # == CLI ==============================================================================================================
 
-RESUMABLE = ("max_steps", "max_minutes", "eval_every", "save_every", "batch_size", "grad_accum_steps", "data_dir",
-             "device", "dtype", "kernels", "remat", "compile", "wandb")  # what a resume may change
+RESUMABLE = ("max_steps", "max_minutes", "eval_every", "save_every", "save_minutes", "save_failure", "batch_size",
+             "grad_accum_steps", "data_dir", "device", "dtype", "kernels", "remat", "compile", "wandb")  # may change
 
 
 class Parser(argparse.ArgumentParser):
