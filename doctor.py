@@ -182,7 +182,7 @@ def look_at_gpu(report, torch, i):
 def look_at_kernels(report, torch):
     """train.py itself, upstream's packages, and the scan that training would use."""
     for package in ("triton", "mamba-ssm", "causal-conv1d"):
-        unused = " (train.py does not use it)" if package == "causal-conv1d" else ""
+        unused = " (optional: fuses the Mamba-2 mixer)" if package == "causal-conv1d" else ""
         report.say(package, (version(package) or "not installed") + unused)
     try:
         import train
