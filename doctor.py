@@ -182,8 +182,8 @@ def look_at_gpu(report, torch, i):
 def look_at_kernels(report, torch):
     """train.py itself, upstream's packages, and the scan that training would use."""
     for package in ("triton", "mamba-ssm", "causal-conv1d"):
-        unused = " (optional: fuses the Mamba-2 mixer)" if package == "causal-conv1d" else ""
-        report.say(package, (version(package) or "not installed") + unused)
+        note = " (optional: fuses the Mamba-2 mixer)" if package == "causal-conv1d" else ""
+        report.say(package, (version(package) or "not installed") + note)
     try:
         import train
     except Exception as error:
