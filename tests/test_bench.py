@@ -302,7 +302,7 @@ def test_batches_of_the_table_are_full_rows():
 
 def test_more_rows_take_more_memory_and_remat_less():
     """In one process, with the figures that the table prints."""
-    given = {"dataset": "arc", "preset": "nano", "block_size": 512}
+    given = {"dataset": "arc", "preset": "nano", "block_size": 1024}
     spec = dict(part="table", given=given, batches=[1, 8], device="cpu", steps=1,
                 limit_gb=0.0)  # fmt: skip
     found = {}
