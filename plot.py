@@ -42,7 +42,7 @@ STYLE = {
     "axes.labelcolor": QUIET, "xtick.color": QUIET, "ytick.color": QUIET, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.color": "#eaeef2", "axes.axisbelow": True,
     "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False,
-    "text.usetex": False,
+    "text.usetex": False, "text.parse_math": False,
 }
 
 Grid = np.ndarray  # (rows, columns) of colours 0-9
@@ -75,11 +75,11 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def series(metrics: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and finite values of one key, in order of steps; where a step occurs twice, the later line counts."""
+    """Steps and values of one key, where both are numbers a run can have; the later line of a step counts."""
     values = {}
     for line in metrics:
         step, value = line.get("step"), line.get(key)
-        if all(isinstance(v, (int, float)) and math.isfinite(v) for v in (step, value)):
+        if all(isinstance(v, (int, float)) and abs(v) < 1e15 for v in (step, value)):
             values[step] = value
     steps = sorted(values)
     return np.array(steps, dtype=float), np.array([values[s] for s in steps], dtype=float)
@@ -98,20 +98,20 @@ def read_predictions(path: Path) -> list[dict]:
         try:
             shown = [(_grid(pair["input"]), _grid(pair["output"])) for pair in entry["demonstrations"]]
             answer = _grid(entry["prediction"]) if entry["prediction"] else None
-            checked.append({"name": f"{entry['task']}", "test": int(entry["test"]), "demonstrations": shown,
+            checked.append({"name": f"{entry['task']}"[:40], "test": int(entry["test"]), "demonstrations": shown,
                             "input": _grid(entry["input"]), "prediction": answer, "truth": _grid(entry["truth"])})
         except KeyError as problem:
             raise PlotError(f"{path} entry {number} has no {problem}: let the run write it again") from None
-        except (TypeError, ValueError) as problem:
+        except (TypeError, ValueError, OverflowError) as problem:
             raise PlotError(f"{path} entry {number} is malformed ({problem}): let the run write it again") from None
     return checked
 
 
 def _grid(rows: list[list[int]]) -> Grid:
-    """A grid as an array. Raises ValueError unless it is a rectangle of colours."""
+    """A grid as an array. Raises ValueError unless it is a rectangle of colours, at most 30 x 30."""
     lengths = {len(row) for row in rows}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError("a grid with rows of different lengths, or empty")
+    if len(lengths) != 1 or not 1 <= max(len(rows), *lengths) <= 30 or 0 in lengths:
+        raise ValueError("a grid with rows of different lengths, empty, or larger than 30 x 30")
     grid = np.array(rows)
     if grid.ndim != 2 or grid.dtype.kind != "i" or grid.min() < 0 or grid.max() > 9:
         raise ValueError("a grid with a cell that is no colour from 0 to 9")

@@ -81,7 +81,8 @@ def test_without_rates_there_is_one_panel(tmp_path):
 
 def test_numbers_that_are_none_are_left_out(tmp_path):
     lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": math.inf, "lr": None},
-             {"step": 4}, {"note": "no step"}, {"step": 5, "loss": 1.0}]  # fmt: skip
+             {"step": 4}, {"note": "no step"}, {"step": 5, "loss": 1.0}, {"step": 10**400, "loss": 1},
+             {"step": 6, "loss": 10**400}, {"step": 7, "loss": 1e300}]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     steps, values = plot.series(plot.read_metrics(tmp_path / "metrics.jsonl"), "loss")
     assert steps.tolist() == [1, 5] and values.tolist() == [2, 1]
@@ -211,6 +212,8 @@ BAD_PREDICTIONS = {
     "a flat grid": [entry([1, 2], [[1]])],
     "a deep grid": [entry([[[1]]], [[1]])],
     "empty truth": [entry([], [[1]])],
+    "a huge grid": [entry([[1]], [[0] * 1000] * 1000)],
+    "an endless number": [entry([[1]], [[1]]) | {"test": math.inf}],
 }
 
 
@@ -219,6 +222,13 @@ def test_bad_predictions_are_refused(bad, tmp_path, capsys):
     write_metrics(tmp_path, 20)
     write_predictions(tmp_path, BAD_PREDICTIONS[bad])
     assert "predictions.json" in refused(tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", [r"$\frac{$ $", "x" * 10**6, "a\nb"], ids=["a formula", "endless", "two lines"])
+def test_any_name_is_drawn(name, tmp_path):
+    write_metrics(tmp_path, 20)
+    write_predictions(tmp_path, [entry([[1]], [[1]], task=name)])
+    assert size(plot.plot_run(tmp_path)[1])[0] < 2000
 
 
 def test_predictions_that_are_not_json_are_refused(tmp_path, capsys):
