@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 import train
-from sample import TOKENIZERS, add_tokenizer, choose_tokenizer, load_model, open_tokenizer, text_settings
-from train import GPT, ConfigError, DataError, ModelConfig, Parser, reason
+from sample import TOKENIZERS, add_tokenizer, choose_tokenizer, described, open_tokenizer, text_settings
+from train import GPT, ConfigError, DataError, ModelConfig, Parser, load_model, reason
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -277,7 +277,8 @@ def export(run: Path, out: Path, tokenizer: str | None) -> None:
         encoding = open_tokenizer(name)
     except DataError as error:
         which += f"; left out: {error}"
-    model, about = load_model(run, model_cfg)
+    model, state = load_model(run, model_cfg)
+    about = described(model, state)
     card = model_card(out, model, about, validation_losses(run), name if encoding else f"{name}'s, not in this folder")
     try:
         with new_folder(out) as folder:

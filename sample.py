@@ -29,7 +29,7 @@ from torch import Tensor
 
 import train
 from data.prepare import PrepareError, load_tokenizer
-from train import GPT, ConfigError, DataError, ModelConfig, Parser, Runtime, TrainConfig, reason
+from train import GPT, ConfigError, DataError, ModelConfig, Parser, Runtime, TrainConfig, load_model, reason
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -90,20 +90,11 @@ def text_settings(folder: Path) -> tuple[ModelConfig, TrainConfig]:
     return model_cfg, cfg
 
 
-def load_model(folder: Path, model_cfg: ModelConfig) -> tuple[GPT, str]:
-    """A run's model on the CPU, ready to answer, and a line about it; its averaged weights where the run keeps them."""
-    state = train.load_checkpoint(folder / "checkpoint.pt")
-    weights, average = state["model"], state.get("ema")
-    if average:
-        weights = {name.removeprefix("module."): w for name, w in average.items() if name != "n_averaged"}
-    model = GPT(model_cfg)
-    try:
-        model.load_state_dict(weights)
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise DataError(f"{folder / 'checkpoint.pt'}: does not fit config.json ({reason(error)})") from None
+def described(model: GPT, state: dict[str, Any]) -> str:
+    """A line about the model of a checkpoint."""
     size = sum(p.numel() for p in model.parameters())
-    kind = "averaged weights" if average else "weights"
-    return model.eval(), f"{size:,} parameters, {model_cfg.pattern}; {kind} of step {state['step']}"
+    kind = "averaged weights" if state.get("ema") else "weights"
+    return f"{size:,} parameters, {model.config.pattern}; {kind} of step {state['step']}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,9 +246,9 @@ def sample(args: argparse.Namespace) -> None:
     prompt = read_prompt(args.prompt)
     ids = encode_prompt(encoding, prompt, last_document=model_cfg.document_token >= 0)
     runtime = Runtime.start(cfg)
-    model, about = load_model(args.run, model_cfg)
+    model, state = load_model(args.run, model_cfg)
     runtime.kernels.use(model.to(runtime.device))
-    say(f"run         {args.run}: {about}\ntokenizer   {which}\ndevice      {runtime.describe()}")
+    say(f"run         {args.run}: {described(model, state)}\ntokenizer   {which}\ndevice      {runtime.describe()}")
     if runtime.kernels.scan is not train.ssd_scan:
         say("            the Triton kernels are compiled the first time, which takes minutes")
     if "A" in model_cfg.pattern and len(ids) + args.max_new_tokens > model_cfg.block_size:

@@ -66,8 +66,8 @@ from train import (
     encode_answer,
     inverse_colours,
     inverse_symmetry,
-    load_checkpoint,
     load_config,
+    load_model,
     make_prompt,
     out_of_memory,
     random_colours,
@@ -327,20 +327,6 @@ def read_run(folder: Path) -> Run:
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             raise DataError(f"{folder / name} is not a list of names")
     return Run(model_cfg, cfg, {name: UNKNOWN_TASK + 1 + i for i, name in enumerate(names)}, set(pairs))
-
-
-def load_model(folder: Path, model_cfg: ModelConfig) -> tuple[GPT, int]:
-    """The model of a run with the average of its weights where it has one, on the CPU, and its step."""
-    state = load_checkpoint(folder / "checkpoint.pt")
-    weights = state["model"]
-    if state.get("ema"):
-        weights = {name.removeprefix("module."): v for name, v in state["ema"].items() if name != "n_averaged"}
-    model = GPT(model_cfg)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise DataError(f"{folder}: checkpoint.pt does not fit config.json ({reason(error)})") from None
-    return model.eval(), int(state["step"])
 
 
 def adapt(model: GPT, questions: list[Question], run: Run, runtime: Runtime, steps: int, lr: float, seed: int) -> None:
@@ -719,7 +705,8 @@ def solve(args: argparse.Namespace) -> None:
     path = data_path(args, run)
     questions, truths = read_questions(path, args.split, args.tasks)
     runtime = Runtime.start(dataclasses.replace(run.cfg, device=args.device, dtype=args.dtype, kernels=args.kernels))
-    model, step = load_model(folder, run.model_cfg)
+    model, state = load_model(folder, run.model_cfg)
+    step = int(state["step"])
     args.block_size = args.block_size or run.model_cfg.block_size
     args.batch_tokens = args.batch_tokens or (1 << 19 if runtime.device.type == "cuda" else 1 << 15)
     args.ttt_lr = run.cfg.max_lr / 4 if args.ttt_lr is None else args.ttt_lr

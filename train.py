@@ -116,6 +116,8 @@ class ModelConfig:
         d_inner = self.expand * self.d_model
         if "M" in self.pattern and d_inner % self.headdim:
             found.append(f"--headdim {self.headdim} must divide {self.expand} x --d-model = {d_inner}")
+        elif "M" in self.pattern and d_inner // self.headdim % self.ngroups:
+            found.append(f"ngroups {self.ngroups} must divide the number of heads, {d_inner // self.headdim}")
         if "A" in self.pattern and self.d_model % self.n_head:
             found.append(f"--n-head {self.n_head} must divide --d-model {self.d_model}")
         elif "A" in self.pattern and (self.d_model // self.n_head) % 2:
@@ -942,11 +944,16 @@ def reason(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0][:120] or type(error).__name__
 
 
-def read_text(path: Path) -> str:
-    """A file's text; OSError where it is no ordinary file, such as a pipe that nobody may ever write to."""
+def check_ordinary(path: Path) -> None:
+    """OSError where something other than a file has this name, such as a pipe that nobody may ever write to."""
     if path.exists() and not path.is_file():
         raise OSError("not an ordinary file")
-    return path.read_text(encoding="utf-8")
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """A file's text; OSError where it is no ordinary file."""
+    check_ordinary(path)
+    return path.read_text(encoding="utf-8", errors=errors)
 
 
 class Task(NamedTuple):
@@ -1527,9 +1534,9 @@ class Optimizers:
         return [o.state_dict() for o in self.all]
 
     def load_state_dict(self, states: list[dict]) -> None:
-        """Restore `state_dict()`."""
+        """Restore `state_dict()`, but for rates and the like, which are this run's own."""
         for o, s in zip(self.all, states, strict=True):
-            o.load_state_dict(s)
+            o.load_state_dict({"state": s["state"], "param_groups": o.state_dict()["param_groups"]})
             for p, values in o.state.items():
                 if any(not isinstance(t, Tensor) or (t.dim() and len(t) != len(p)) for t in values.values()):
                     raise ValueError("the optimizer's state has other shapes than its parameters")
@@ -1599,11 +1606,13 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         with replacing(path, check_content) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ or error  # torch hides what its file raised
+        cause = error
+        while cause.__context__ and not isinstance(cause, OSError):  # torch hides what its file raised
+            cause = cause.__context__
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
         needs, free = sum(t.nbytes for t in tensors_of(state)) / 1e6, shutil.disk_usage(path.parent).free / 1e6
-        raise DataError(f"{path}: cannot be written ({reason(cause)}); it needs {needs:,.0f} MB where {free:,.0f} MB "
+        raise DataError(f"{path}: cannot be written ({reason(cause)}); it needs {needs:,.1f} MB where {free:,.1f} MB "
                         "are free; the checkpoint before it is untouched") from None
 
 
@@ -1619,6 +1628,7 @@ def tensors_of(value: Any):
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The last complete checkpoint of a run, on the CPU; DataError where it is none of ours."""
     try:
+        check_ordinary(path)
         check_content(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -1649,6 +1659,25 @@ def load_config(folder: Path) -> tuple[ModelConfig, TrainConfig]:
         raise DataError(f"{path}: there is no run in this folder to resume") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not the settings of a run ({reason(error)})") from None
+
+
+def load_model(folder: Path, model_cfg: ModelConfig) -> tuple[GPT, dict[str, Any]]:
+    """The model of a run on the CPU, ready to answer, with the average of its weights where it has one; its checkpoint.
+
+    DataError where config.json and checkpoint.pt do not fit each other, or the model not in memory.
+    """
+    state = load_checkpoint(folder / "checkpoint.pt")
+    weights = state["model"]
+    try:
+        if state.get("ema"):
+            weights = {name.removeprefix("module."): v for name, v in state["ema"].items() if name != "n_averaged"}
+        model = build_model(model_cfg)
+        model.load_state_dict(weights)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise DataError(f"{folder / 'checkpoint.pt'}: does not fit config.json ({reason(error)})") from None
+    except ConfigError as error:
+        raise DataError(f"{folder / 'config.json'}: {error}") from None
+    return model.eval(), state
 
 
 # == RUNTIME ==========================================================================================================
@@ -1797,6 +1826,16 @@ def free_memory() -> float:
     return min(found) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def build_model(model_cfg: ModelConfig) -> GPT:
+    """A model with fresh weights; ConfigError where not even these fit in memory."""
+    with torch.device("meta"):
+        needed = sum(p.nbytes for p in GPT(model_cfg).parameters())
+    if needed > (free := free_memory()):
+        raise ConfigError(f"a model of these sizes has {needed / 1e9:,.1f} GB of weights where {free / 1e9:,.1f} GB of "
+                          "memory are free; lower --d-model, --d-ff or the number of layers")
+    return GPT(model_cfg)
+
+
 class Lock:
     """Holds a run folder until this process ends, however it ends; ConfigError where another process holds it."""
 
@@ -1854,7 +1893,7 @@ class MetricsLog:
         """
         kept = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in read_text(path, errors="replace").splitlines():
                 with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a line torn by a crash
                     values = json.loads(line)
                     if values["step"] <= step and not (redo and values["step"] == step and "val_loss" in values):
@@ -2087,6 +2126,7 @@ def continue_text(model: GPT, data: Data, runtime: Runtime) -> str:
     prompt, generator = max(data.val.shards, key=len)[:24].astype(np.int64), torch.Generator().manual_seed(0)
 
     def choose(logp: Tensor) -> Tensor:
+        logp = logp.nan_to_num(neginf=-1e9)  # of a model that went astray
         p = (logp[:, : data.tokenizer.n_vocab].cpu() / 0.8).softmax(-1)
         return torch.multinomial(p, 1, generator=generator)[:, 0].to(logp.device)
 
@@ -2389,7 +2429,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
     runtime.say(f"run         {folder}\ndevice      {runtime.describe()}")
     data = open_data(model_cfg, cfg, runtime)
     torch.manual_seed(cfg.seed)
-    model = GPT(model_cfg).to(runtime.device)
+    model = build_model(model_cfg).to(runtime.device)
     model.remat = cfg.remat
     runtime.kernels.use(model)
     optimizers, ema = Optimizers(model, cfg), make_ema(model, cfg.ema)

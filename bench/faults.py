@@ -45,6 +45,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # the optimizers need it; here once, not in every child
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
@@ -94,6 +95,7 @@ class Child:
             for number, path in zip((1, 2), self.paths, strict=True):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
             if before:
                 before()
             code = main(argv)
@@ -313,7 +315,7 @@ def kills(place: Path, data: dict, rng: random.Random, found: Findings, times: i
             found.expect(not (why := whole.same(folder)), f"{folder.name}: another end than without a kill: {why}")
             ends += 1
             shutil.rmtree(folder)
-    real = real_kills(place, data["arc"], rng, found, max(1, times // 20))
+    real = real_kills(place, data["arc"], rng, found, times // 20) if times >= 20 else 0
     return {"kills": sum(phases.values()) + real, "while in": dict(phases), "of whole processes": real,
             "runs ended, all equal to the last bit": ends}
 
@@ -670,6 +672,8 @@ def judge(child: Child, code: int, case: Path, path: Path) -> str:
         return "no message"
     if code == 2 and (len(lines) > 6 or max(map(len, lines)) > 1000):
         return f"a message of {len(lines)} lines, up to {max(map(len, lines))} characters"
+    if code == 2 and "was made" in lines[0]:  # a task that is still whole, but not the one that was answered
+        return ""
     if code == 2 and path.stem not in (told := "\n".join(lines)) and path.parent.name not in told:
         return f"does not name the file: {lines[0][:160]}"
     return ""
@@ -808,7 +812,8 @@ def small_disk(place: Path, flags: list, whole: Whole, size: int, found: Finding
             child = Child([*flags, *more, "--out-dir", folder], place, quick)
             code, said = child.end(), child.err
             found.expect(code == (0 if more else 2), f"a full disk {more}: exit code {code}, {said[-300:]}")
-            found.expect(re.search(r"run/checkpoint.pt: .* needs \d+ MB where \d+ MB", said), f"says {said[-300:]}")
+            told = re.search(r"run/checkpoint.pt: .* needs [\d.]+ MB where [\d.]+ MB", said)
+            found.expect(told, f"says {said[-300:]}")
             found.expect(train.load_checkpoint(folder / "checkpoint.pt")["step"] == 0, "not the old checkpoint")
             subprocess.run(["mount", "-o", "remount,size=100m", str(mounted)], check=True)
             ended_equal(Child(["--resume", "--out-dir", folder], place, quick), folder, whole, found)
@@ -886,13 +891,13 @@ def difference(one: Path, other: Path) -> float:
 
 def reckoning(place: Path, flags: list, found: Findings) -> dict:
     """A CPU with ever less memory: the whole batch, fewer sequences, activations made again, and one clear error."""
-    flags = [*flags, "--max-steps", "3"]
+    flags = [*flags, "--max-steps", "3", "--pattern", "MAMAMAMA"]
     with contextlib.redirect_stdout(io.StringIO()):
         model = train.GPT(settings(flags)[0])
     one, weights = train.activation_bytes(model), sum(p.nbytes for p in model.parameters())
     model.remat = True
-    again, seen = train.activation_bytes(model), {}
-    rooms = {"whole": 9, "half": 2.5, "one": 1.2, "remat": (again * 1.5 + one * 1.5) / 2 / (1.5 * one), "none": 0.01}
+    again, seen = train.activation_bytes(model) + 3 * one // 8, {}  # a block of eight is made again, with transients
+    rooms = {"whole": 9, "half": 2.5, "one": 1.2, "remat": (again + one) / 2 / one, "none": 0.01}
     for name, share in rooms.items():
         free = 4 * weights + share * 1.5 * one
 

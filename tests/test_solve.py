@@ -382,7 +382,7 @@ def test_what_solving_writes_and_prints(trained, solved, data, capsys):
 def test_answers_are_the_votes_of_the_views(trained, solved, data):
     """One output, done again by hand: every view asked alone, mapped back, counted."""
     questions, _ = solve.read_questions(data, "evaluation", [])
-    model, _ = solve.load_model(trained, solve.read_run(trained).model_cfg)
+    model, _ = train.load_model(trained, solve.read_run(trained).model_cfg)
     tokens = {name: UNKNOWN_TASK + 1 + i for i, name in enumerate(load(trained / "config.json")["tasks"])}
     log = [json.loads(line) for line in (solved / "answers.jsonl").read_text().splitlines()]
     records = {record["task"]: record for record in log[1:]}
@@ -405,8 +405,8 @@ def test_answers_are_the_votes_of_the_views(trained, solved, data):
 def test_the_average_of_the_weights_answers_where_there_is_one(data, tmp_path):
     folder = learn(data, tmp_path / "run", "--ema", "0.5", steps=4)
     state = checkpoint(folder)
-    model, step = solve.load_model(folder, solve.read_run(folder).model_cfg)
-    assert step == 4
+    model, kept = train.load_model(folder, solve.read_run(folder).model_cfg)
+    assert kept["step"] == 4
     for name, value in model.state_dict().items():
         assert torch.equal(value, state["ema"][f"module.{name}"])
     assert not torch.equal(model.embed.weight, state["model"]["embed.weight"])
@@ -550,7 +550,7 @@ def test_test_time_training_learns_the_demonstrations_and_leaves_the_run_alone(t
     assert tree(tmp_path / "a") == tree(tmp_path / "b"), "the same seed, the same weights and answers"
     questions, _ = solve.read_questions(data, "evaluation", [])
     loader = train.ArcDataLoader([Task(q.name, q.demonstrations) for q in questions], 6, 256, seed=99)
-    model, _ = solve.load_model(trained, solve.read_run(trained).model_cfg)
+    model, _ = train.load_model(trained, solve.read_run(trained).model_cfg)
     losses = [train.validation_loss(model, loader, runtime())]
     model.load_state_dict(torch.load(tmp_path / "a" / "adapted.pt", weights_only=True)["model"])
     losses.append(train.validation_loss(model, loader, runtime()))
@@ -579,7 +579,7 @@ def test_test_time_training_sees_demonstrations_only(packed, data, trained, monk
     monkeypatch.setattr(solve, "ArcDataLoader", Loader)
     questions, _ = solve.read_questions(data, "evaluation", [])
     folder = solve.read_run(trained)
-    model, _ = solve.load_model(trained, folder.model_cfg)
+    model, _ = train.load_model(trained, folder.model_cfg)
     cfg = dataclasses.replace(folder.cfg, packed=packed, batch_size=16, grad_accum_steps=3)
     solve.adapt(model, questions, folder._replace(cfg=cfg), runtime(), 1, 0.001, 5)
     loader = made[-1]
