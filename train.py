@@ -585,7 +585,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """x + mixer(RMSNorm(x)), then x + SwiGLU(RMSNorm(x))."""
+    """x + mixer(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)); `film` scales and shifts both norms' results."""
 
     def __init__(self, cfg: ModelConfig, letter: str):
         super().__init__()
@@ -600,14 +600,32 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: Cache | None = None,
-                documents: Documents | None = None) -> Tensor:
+                documents: Documents | None = None, film: Film | None = None) -> Tensor:
         h = self.norm1(x)
+        h = film.apply(h, 0) if film else h
         if isinstance(self.mixer, Attention):
             h = self.mixer(h, rope, cache, documents)
         else:
             h = self.mixer(h, documents and documents.ids, cache)
         x = x + self.dropout(h)
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        h = self.norm2(x)
+        return x + self.dropout(self.mlp(film.apply(h, 1) if film else h))
+
+
+class Film(NamedTuple):
+    """What a task does to one block: a scale and a shift for each of its two norms (Perez et al. 2018,
+    arXiv:1709.07871).
+
+    table (tasks, 4 * D), tasks (B, 1) or (B, T) int64: the row of the table that each position, or all, go by.
+    """
+
+    table: Tensor
+    tasks: Tensor
+
+    def apply(self, x: Tensor, norm: int) -> Tensor:
+        """x (B, T, D), the result of the block's first (0) or second (1) norm."""
+        scale, shift = (F.embedding(self.tasks, part) for part in self.table.chunk(4, dim=1)[2 * norm :][:2])
+        return torch.addcmul(x + shift, x, scale)
 
 
 class GridLayout(NamedTuple):
@@ -756,6 +774,7 @@ class GPT(nn.Module):
             self.embed_col, self.embed_row = nn.Embedding(32, cfg.d_model), nn.Embedding(32, cfg.d_model)
             self.embed_role = nn.Embedding(2, cfg.d_model)
             self.embed_near = nn.Linear(9 * 11, cfg.d_model, bias=False)
+            self.film = nn.Linear(cfg.d_model, 4 * cfg.d_model * len(cfg.pattern), bias=False)
         self.blocks = nn.ModuleList(Block(cfg, letter) for letter in cfg.pattern)
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
@@ -763,8 +782,22 @@ class GPT(nn.Module):
             if p.dim() == 2:
                 deep = name.endswith(("out_proj.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * len(cfg.pattern)) if deep else 0.02)
+        if cfg.grid:
+            nn.init.zeros_(self.film.weight)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
+
+    def films(self, tokens: Tensor, documents: Documents | None) -> list[Film | None]:
+        """What the task that is named first in each row of tokens (B, T), or each document, does to every block."""
+        if not self.config.grid:
+            return [None] * len(self.blocks)
+        if documents is None:
+            tasks, vectors = torch.arange(len(tokens), device=tokens.device)[:, None], self.embed(tokens[:, 0])
+        else:
+            index = torch.arange(tokens.shape[1], device=tokens.device)
+            first = torch.where(tokens >= self.config.document_token, index, 0).cummax(1).values
+            tasks, vectors = (tokens.gather(1, first) - UNKNOWN_TASK).clamp(min=0), self.embed.weight[UNKNOWN_TASK:]
+        return [Film(table, tasks) for table in self.film(vectors).chunk(len(self.blocks), dim=1)]
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """tokens (B, T) -> (B, T, D) after the last norm; with a stepping cache, the tokens appended last (B, 1).
@@ -791,11 +824,12 @@ class GPT(nn.Module):
         else:
             positions = index[..., None]
         rope = rotary_angles(positions, self.config.d_model // self.config.n_head, self.config.rope_theta)
-        for block in self.blocks:
+        films = self.films(cache.tokens if stepping else tokens, documents)
+        for block, film in zip(self.blocks, films, strict=True):
             if self.remat and self.training:
-                x = checkpoint(block, x, rope, None, documents, use_reentrant=False)
+                x = checkpoint(block, x, rope, None, documents, film, use_reentrant=False)
             else:
-                x = block(x, rope, cache, documents)
+                x = block(x, rope, cache, documents, film)
         return self.norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:

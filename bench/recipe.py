@@ -1,8 +1,8 @@
 """Training recipes side by side at equal compute, on tasks small enough for one CPU core.
 
     python bench/recipe.py prepare --one-d ~/1D-ARC/dataset      # tasks to runs/recipe; without --one-d only `small`
-    python bench/recipe.py run --data small --variants base film --seeds 0 1 2 --minutes 4
-    python bench/recipe.py run --data 1d --variants base film --seeds 0 1 2 --minutes 4
+    python bench/recipe.py run --data small --variants base token-only --seeds 0 1 2 --minutes 4
+    python bench/recipe.py run --data 1d --variants base token-only --seeds 0 1 2 --minutes 4
     python bench/recipe.py table                                 # what bench/LOG.md shows
 
 `small`: ARC-1 *training* tasks with grids up to 10 x 10, a fifth held out. `1d`: 1D-ARC (khalil-research/1D-ARC), a
@@ -46,7 +46,7 @@ sys.path.insert(0, str(ROOT))
 import solve  # noqa: E402
 import train  # noqa: E402
 from solve import Question  # noqa: E402
-from train import GPT, IGNORE_INDEX, OUT, ArcDataLoader, DataError, GridLayout, RMSNorm, Task  # noqa: E402
+from train import GPT, IGNORE_INDEX, OUT, ArcDataLoader, DataError, GridLayout, Task  # noqa: E402
 
 COMMON = "--preset nano --holdout 0 --eval-every 0 --save-every 0 --device cpu --batch-size 16 --demonstrations both"
 SIDES = {"small": 10, "1d": 30}  # longest side of a grid
@@ -123,29 +123,26 @@ class Doubled(ArcDataLoader):
         return super().batches()
 
 
-class FilmNorm(RMSNorm):
-    """RMSNorm, then a scale and a shift that were set from outside."""
-
-    def forward(self, x, z=None):
-        return super().forward(x) * (1 + self.scale) + self.shift
-
-
-class Film(GPT):
-    """The task's vector also scales and shifts the input of every mixer and MLP; nothing at first."""
+class TokenOnly(GPT):
+    """The task's vector is its first token's and no more; it does not scale and shift every block."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        self.film = nn.Linear(cfg.d_model, 4 * len(self.blocks) * cfg.d_model, bias=False)
-        nn.init.zeros_(self.film.weight)
-        for block in self.blocks:
-            block.norm1, block.norm2 = (FilmNorm(cfg.d_model, cfg.norm_eps) for _ in range(2))
+        del self.film
+
+    def films(self, tokens, documents):
+        return [None] * len(self.blocks)
+
+
+class TaskEverywhere(TokenOnly):
+    """The task's vector is added to every token of its sequence instead."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.embed_role.register_forward_hook(lambda module, args, out: out + self.embed(self.first))
 
     def hidden(self, tokens, cache=None):
-        first = (cache.tokens if cache is not None and cache.stepping else tokens)[:, :1]
-        parts = self.film(self.embed(first)).chunk(4 * len(self.blocks), dim=-1)  # each (B, 1, D)
-        norms = [norm for block in self.blocks for norm in (block.norm1, block.norm2)]
-        for norm, scale, shift in zip(norms, parts[::2], parts[1::2], strict=True):
-            norm.scale, norm.shift = scale, shift
+        self.first = (cache.tokens if cache is not None and cache.stepping else tokens)[:, :1]
         return super().hidden(tokens, cache)
 
 
@@ -176,7 +173,7 @@ class Flat(GPT):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        for name in ("embed_col", "embed_row", "embed_role", "embed_near"):
+        for name in ("embed_col", "embed_row", "embed_role", "embed_near", "film"):
             delattr(self, name)
         self.config = dataclasses.replace(cfg, grid=False)
 
@@ -225,7 +222,8 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "base": Variant("the default recipe: MAMA, task token, grid positions and neighbourhood, NorMuon, every output"),
+    "base": Variant("the default recipe: MAMA, task token with scale and shift, grid positions and neighbourhood, "
+                    "NorMuon, every output"),
     "mma": Variant("one attention layer in four, second from the end; d_ff for equal parameters",
                    "--pattern MMAM --d-ff 316"),
     "aaaa": Variant("attention only; d_ff for equal parameters", "--pattern AAAA --d-ff 400"),
@@ -237,7 +235,8 @@ VARIANTS = {
     "mixed-70-30": Variant("three sequences in ten are one pair behind its task's token",
                            patch={"ArcDataLoader": Mixed}),
     "no-task-token": Variant("every task is unknown: demonstrations only", patch={"ArcDataLoader": NoTaskToken}),
-    "film": Variant("the task also scales and shifts the input of every mixer and MLP", patch={"GPT": Film}),
+    "token-only": Variant("the task is its first token; it scales and shifts no block", patch={"GPT": TokenOnly}),
+    "task-everywhere": Variant("the task's vector is added to every token instead", patch={"GPT": TaskEverywhere}),
     "adamw": Variant("AdamW for all parameters", "--optimizer adamw --max-lr 2e-3"),
     "torch-muon": Variant("torch.optim.Muon in NorMuon's place", patch={"NorMuon": torch_muon}),
     "no-neighbourhood": Variant("without the 3 x 3 input cells around the cell to predict",

@@ -49,7 +49,7 @@ def test_memory_ran_out(figures):
 
 
 def test_damaged_files(tmp_path):
-    """Those that chance finds too seldom, and a few by chance; the generator makes a thousand others in the same way."""
+    """Those that chance finds too seldom, and a few by chance; the generator makes a thousand others likewise."""
     found = break_it(tmp_path, "--only", "damages", "--times", str(len(faults.HARD) + 15))["damages"]
     assert found["broken"] == [] and found["tracebacks"] == 0
     assert found["exit codes"].keys() <= {"0", "2"} and found["exit codes"]["2"] > 20

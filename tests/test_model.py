@@ -326,8 +326,34 @@ def test_initialisation_leaves_what_mamba_sets_itself(grid):
     deep = 0.02 / math.sqrt(2 * 4)
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            expected = deep if name.endswith(("out_proj.weight", "down.weight")) else 0.02
+            expected = deep if name.endswith(("out_proj.weight", "down.weight")) else 0.02 * (name != "film.weight")
             assert p.std().item() == pytest.approx(expected, rel=0.15), name
+
+
+def test_a_task_scales_and_shifts_every_norm():
+    """A task whose vector asks for scales 0.5 and -0.25 is a model with other norms; another task sees none of it."""
+    model, tokens = tiny_model("MA", grid=True), torch.tensor([[UNKNOWN_TASK + 1, 11, 3, 10, 12], [16, 11, 3, 10, 12]])
+    with torch.no_grad():
+        model.embed.weight[UNKNOWN_TASK:, 0] = torch.tensor([0.0, 1.0, 0.0, 0.0])
+        model.film.weight.zero_()
+        plain = model(tokens)[0]
+        scales = model.film.weight.view(2, 2, 2, 32, 32)  # block, norm, scale or shift, channel, by channel of the task
+        scales[:, 0, 0, :, 0], scales[:, 1, 0, :, 0] = 0.5, -0.25
+        scaled = model(tokens)[0]
+        for block in model.blocks:
+            block.norm1.weight *= 1.5
+            block.norm2.weight *= 0.75
+        torch.testing.assert_close(scaled[1], plain[1])
+        scales.zero_()
+        torch.testing.assert_close(scaled[0], model(tokens)[0][0])
+        scales[1, 1, 1, :, 0] = 1.0
+        mlp = model.blocks[1].mlp
+        shifted = []
+        mlp.register_forward_pre_hook(lambda module, args: shifted.append(args[0]))
+        model(tokens)
+        scales.zero_()
+        model(tokens)
+        torch.testing.assert_close(shifted[0] - shifted[1], torch.tensor([1.0, 0.0])[:, None, None].expand(2, 5, 32))
 
 
 def test_the_same_seed_gives_the_same_model():

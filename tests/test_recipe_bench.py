@@ -222,15 +222,15 @@ def known_row(variant: str, seed: int, loss: float, exact: float) -> dict:
 
 
 def test_table_of_known_rows(tmp_path, capsys):
-    rows = [known_row("base", 0, 0.5, 0.10), known_row("base", 1, 0.7, 0.20), known_row("film", 1, 0.4, 0.35),
-            known_row("film", 0, 0.4, 0.15), known_row("film", 2, 0.1, 0.10), known_row("ema", 7, 0.25, 0.0)]
+    rows = [known_row("base", 0, 0.5, 0.10), known_row("base", 1, 0.7, 0.20), known_row("ema", 7, 0.25, 0.0),
+            *(known_row("token-only", *row) for row in ((1, 0.4, 0.35), (0, 0.4, 0.15), (2, 0.1, 0.10)))]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
     assert recipe.main(["table", "--out", str(tmp_path)]) == 0
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [line[0] for line in lines[2:]] == ["base", "film", "ema"]
+    assert [line[0] for line in lines[2:]] == ["base", "token-only", "ema"]
     assert lines[2][1:7] == ["2", "0.6000 ± 0.1000", "15.0 ± 5.0", "25.0 ± 5.0", "100", "1,234,567"]
     assert lines[3][1:4] == ["3", "0.3000 ± 0.1000 (-0.2000 ± 0.1000)", "20.0 ± 7.6 (+10.0 ± 5.0)"]
-    assert lines[3][-1] == "`--data small --variants film --seeds 0 1 2 --minutes 4`"
+    assert lines[3][-1] == "`--data small --variants token-only --seeds 0 1 2 --minutes 4`"
     assert lines[4][1:4] == ["1", "0.2500", "0.0"]  # no seed in common with base
     assert math.isclose(np.std([15, 35, 10], ddof=1) / 3**0.5, 7.6, abs_tol=0.05)
 
