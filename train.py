@@ -1572,8 +1572,10 @@ class Optimizers:
         for o, s in zip(self.all, states, strict=True):
             o.load_state_dict({"state": s["state"], "param_groups": o.state_dict()["param_groups"]})
             for p, values in o.state.items():
-                if any(not isinstance(t, Tensor) or (t.dim() and len(t) != len(p)) for t in values.values()):
-                    raise ValueError("the optimizer's state has other shapes than its parameters")
+                for name, t in values.items():
+                    shape = torch.Size() if name == "step" else p.shape
+                    if not isinstance(t, Tensor) or t.dim() != len(shape) or t.shape[:1] != shape[:1]:
+                        raise ValueError("the optimizer's state has other shapes than its parameters")
 
 
 def make_ema(model: GPT, share: float) -> torch.optim.swa_utils.AveragedModel | None:
@@ -1698,19 +1700,17 @@ def load_config(folder: Path) -> tuple[ModelConfig, TrainConfig]:
 def load_model(folder: Path, model_cfg: ModelConfig) -> tuple[GPT, dict[str, Any]]:
     """The model of a run on the CPU, ready to answer, with the average of its weights where it has one; its checkpoint.
 
-    DataError where config.json and checkpoint.pt do not fit each other, or the model not in memory.
+    DataError where config.json and checkpoint.pt do not fit each other, ConfigError where the model is too large.
     """
     state = load_checkpoint(folder / "checkpoint.pt")
     weights = state["model"]
     try:
         if state.get("ema"):
             weights = {name.removeprefix("module."): v for name, v in state["ema"].items() if name != "n_averaged"}
-        model = build_model(model_cfg)
+        model = build_model(model_cfg, folder)
         model.load_state_dict(weights)
     except (AttributeError, RuntimeError, TypeError) as error:
         raise DataError(f"{folder / 'checkpoint.pt'}: does not fit config.json ({reason(error)})") from None
-    except ConfigError as error:
-        raise DataError(f"{folder / 'config.json'}: {error}") from None
     return model.eval(), state
 
 
@@ -1860,13 +1860,13 @@ def free_memory() -> float:
     return min(found) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def build_model(model_cfg: ModelConfig) -> GPT:
-    """A model with fresh weights; ConfigError where not even these fit in memory."""
+def build_model(model_cfg: ModelConfig, folder: Path) -> GPT:
+    """The model of a run, with fresh weights; ConfigError where not even these fit in memory."""
     with torch.device("meta"):
         needed = sum(p.nbytes for p in GPT(model_cfg).parameters())
     if needed > (free := free_memory()):
-        raise ConfigError(f"a model of these sizes has {needed / 1e9:,.1f} GB of weights where {free / 1e9:,.1f} GB of "
-                          "memory are free; lower --d-model, --d-ff or the number of layers")
+        raise ConfigError(f"{folder}: a model of these sizes has {needed / 1e9:,.1f} GB of weights where "
+                          f"{free / 1e9:,.1f} GB of memory are free; lower --d-model, --d-ff or the number of layers")
     return GPT(model_cfg)
 
 
@@ -2369,7 +2369,8 @@ def snapshot(model: GPT, optimizers: Optimizers, ema: Any, loader: dict[str, Any
     }
 
 
-def restore(state: dict, model: GPT, optimizers: Optimizers, ema: Any, loader: Loader) -> tuple[int, float, int]:
+def restore(state: dict, folder: Path, model: GPT, optimizers: Optimizers, ema: Any,
+            loader: Loader) -> tuple[int, float, int]:
     """Undo `snapshot`: step, minutes spent and steps skipped. DataError where the checkpoint does not fit."""
     try:
         model.load_state_dict(state["model"])
@@ -2382,7 +2383,8 @@ def restore(state: dict, model: GPT, optimizers: Optimizers, ema: Any, loader: L
             torch.cuda.set_rng_state(state["rng"]["cuda"])
         return int(state["step"]), float(state["minutes"]), int(state["skipped"])
     except Exception as error:  # what is whole, but not ours, fails in many ways
-        raise DataError(f"checkpoint.pt does not fit the run's settings and data ({reason(error)})") from None
+        raise DataError(f"{folder / 'checkpoint.pt'}: does not fit the run's settings and data "
+                        f"({reason(error)})") from None
 
 
 def spent(cfg: TrainConfig, step: int, minutes: float) -> float:
@@ -2463,7 +2465,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
     runtime.say(f"run         {folder}\ndevice      {runtime.describe()}")
     data = open_data(model_cfg, cfg, runtime)
     torch.manual_seed(cfg.seed)
-    model = build_model(model_cfg).to(runtime.device)
+    model = build_model(model_cfg, folder).to(runtime.device)
     model.remat = cfg.remat
     runtime.kernels.use(model)
     optimizers, ema = Optimizers(model, cfg), make_ema(model, cfg.ema)
@@ -2471,7 +2473,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, state: dict[st
     runtime.say(f"model       {size:,} parameters, {model_cfg.pattern}; effective batch {data.train.effective} x up to "
                 f"{model_cfg.block_size} tokens; {cfg.optimizer} at {cfg.max_lr:g}")
     rehearse(model, optimizers, cfg, runtime)
-    step, before, skipped = restore(state, model, optimizers, ema, data.train) if state else (0, 0.0, 0)
+    step, before, skipped = restore(state, folder, model, optimizers, ema, data.train) if state else (0, 0.0, 0)
     saved, saved_at, state = step if state else None, before, None  # the last checkpoint's step and minutes
     if runtime.rank:  # dropout differs between processes
         torch.manual_seed(hash((cfg.seed, runtime.rank, step)))
