@@ -98,7 +98,8 @@ def read_predictions(path: Path) -> list[dict]:
         try:
             shown = [(_grid(pair["input"]), _grid(pair["output"])) for pair in entry["demonstrations"]]
             answer = _grid(entry["prediction"]) if entry["prediction"] else None
-            checked.append({"name": f"{entry['task']}"[:40], "test": int(entry["test"]), "demonstrations": shown,
+            name = f"{entry['task']}"[:40].encode("utf-8", "replace").decode()
+            checked.append({"name": name, "test": int(entry["test"]), "demonstrations": shown,
                             "input": _grid(entry["input"]), "prediction": answer, "truth": _grid(entry["truth"])})
         except KeyError as problem:
             raise PlotError(f"{path} entry {number} has no {problem}: let the run write it again") from None

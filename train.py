@@ -625,7 +625,7 @@ class Film(NamedTuple):
     def apply(self, x: Tensor, norm: int) -> Tensor:
         """x (B, T, D), the result of the block's first (0) or second (1) norm."""
         scale, shift = (F.embedding(self.tasks, part) for part in self.table.chunk(4, dim=1)[2 * norm :][:2])
-        return torch.addcmul(x + shift, x, scale)
+        return x * (1 + scale) + shift
 
 
 class GridLayout(NamedTuple):

@@ -224,7 +224,7 @@ def test_bad_predictions_are_refused(bad, tmp_path, capsys):
     assert "predictions.json" in refused(tmp_path, capsys)
 
 
-@pytest.mark.parametrize("name", [r"$\frac{$ $", "x" * 10**6, "a\nb"], ids=["a formula", "endless", "two lines"])
+@pytest.mark.parametrize("name", [r"$\frac{$ $", "x" * 10**6, "a\nb", "\ud800"], ids=["math", "long", "lines", "none"])
 def test_any_name_is_drawn(name, tmp_path):
     write_metrics(tmp_path, 20)
     write_predictions(tmp_path, [entry([[1]], [[1]], task=name)])
