@@ -746,6 +746,7 @@ class Cache(dict):
         self.index = lengths  # (B,) position of the token to be fed next
         self.longest = tokens.shape[1]  # no row is longer
         self.layout: GridLayout | None = None  # of the token fed last
+        self.films: list[Film | None] = []  # what each row's task does to the blocks
 
     def append(self, token: Tensor) -> None:
         """Put one token (B,) behind every row, to be fed next."""
@@ -757,6 +758,7 @@ class Cache(dict):
         """Forget every row but these, a mask (B,)."""
         self.tokens, self.lengths, self.index = self.tokens[rows], self.lengths[rows], self.index[rows]
         self.layout = self.layout and GridLayout(*(f[rows] for f in self.layout))
+        self.films = [film and film._replace(tasks=film.tasks[rows]) for film in self.films]
         for mixer, states in self.items():
             self[mixer] = tuple(s[rows] for s in states)
 
@@ -824,7 +826,9 @@ class GPT(nn.Module):
         else:
             positions = index[..., None]
         rope = rotary_angles(positions, self.config.d_model // self.config.n_head, self.config.rope_theta)
-        films = self.films(cache.tokens if stepping else tokens, documents)
+        films = cache.films if stepping else self.films(tokens, documents)
+        if cache is not None:
+            cache.films = films
         for block, film in zip(self.blocks, films, strict=True):
             if self.remat and self.training:
                 x = checkpoint(block, x, rope, None, documents, film, use_reentrant=False)
