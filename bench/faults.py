@@ -1164,7 +1164,7 @@ def signals(place: Path, data: dict, rng: random.Random, found: Findings, times:
         again = Child(shlex.split(printed[1]) if printed else go_on(folder, whole.flags), place, before)
         found.expect(again.end() == 0, f"{kind}: {printed and printed[1]} ends in {again.code}: {again.err[-300:]}")
         found.expect(not (why := whole.same(folder)), f"{kind}: another end: {why}")
-    return {"signals": dict(ways), "longest wait for the end, seconds": round(max(waits), 2)}
+    return {"signals": dict(ways), "longest wait for the end, seconds": round(max(waits, default=0.0), 2)}
 
 
 # == OVERHEAD =========================================================================================================
