@@ -109,7 +109,7 @@ class Child:
                 sys.stdout.flush(), sys.stderr.flush()
             os._exit(code if isinstance(code, int) else 0)
 
-    def wait(self, seconds: float = 120.0) -> int | None:
+    def wait(self, seconds: float = 300.0) -> int | None:
         """The exit code, negative for a signal; None where it still runs."""
         end = time.monotonic() + seconds
         while self.code is None:
@@ -128,7 +128,7 @@ class Child:
         if number == signal.SIGKILL:
             self.wait()
 
-    def end(self, seconds: float = 120.0) -> int:
+    def end(self, seconds: float = 300.0) -> int:
         """The exit code; where it hangs, it is killed and the code is 99."""
         if self.wait(seconds) is None:
             self.kill()
@@ -1100,7 +1100,7 @@ def folder(place: Path, data: dict, rng: random.Random, found: Findings, times: 
     return {"a second run in the folder": "refused, started or resumed", "the lock of a killed run": "free"}
 
 
-def await_file(path: Path, seconds: float = 60.0) -> None:
+def await_file(path: Path, seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.005)
@@ -1149,7 +1149,7 @@ def signals(place: Path, data: dict, rng: random.Random, found: Findings, times:
             child.kill(number)
             if kind == "twice" and child.wait(rng.uniform(0, 0.05)) is None:
                 child.kill(number)
-            child.end(60)
+            child.end()
             waits.append(time.monotonic() - start)
             running = phase not in (PHASES[STARTING], PHASES[ENDING])
             fine = {0, 130} if kind == "twice" or not running else {0}

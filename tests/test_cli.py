@@ -60,7 +60,7 @@ assert handlers is signal.getsignal(signal.SIGINT)
 assert not [name for name in sys.modules if name in ("prepare", "plot", "solve", "sample", "export", "doctor")]
 """
     files = sorted(f for f in ROOT.iterdir())
-    out, err = (process := python("-c", code, cwd=tmp_path)).communicate(timeout=120)
+    out, err = (process := python("-c", code, cwd=tmp_path)).communicate(timeout=300)
     assert process.returncode == 0 and out == err == "", err
     assert not list(tmp_path.iterdir()) and sorted(f for f in ROOT.iterdir()) == files
 
@@ -73,7 +73,7 @@ sys.modules.update(dict.fromkeys({OPTIONAL + ["plot"]}))  # importing one of the
 import train
 sys.exit(train.main(["--help"]))
 """
-    out, err = (process := python("-c", code, cwd=tmp_path)).communicate(timeout=120)
+    out, err = (process := python("-c", code, cwd=tmp_path)).communicate(timeout=300)
     assert process.returncode == 0 and err == "" and not list(tmp_path.iterdir())
     listed = sections(out)
     assert listed.keys() >= set(FLAGS), set(FLAGS) - listed.keys()
@@ -462,7 +462,7 @@ def test_a_run_that_cannot_be_written_says_so(text, tmp_path, refused):
 
 def test_the_script_itself_ends_with_code_2_and_no_traceback(tmp_path):
     arguments = ["--dataset", "arc", "--data-dir", "nowhere", "--batch-size", "0", "--headdim", "7"]
-    out, err = (process := python(ROOT / "train.py", *arguments, cwd=tmp_path)).communicate(timeout=120)
+    out, err = (process := python(ROOT / "train.py", *arguments, cwd=tmp_path)).communicate(timeout=300)
     assert process.returncode == 2 and "Traceback" not in err and out == ""
     assert [re.search(r"--[a-z-]+", line)[0] for line in err.splitlines()] == ["--headdim", "--batch-size"]
     assert not list(itertools.chain(tmp_path.iterdir()))

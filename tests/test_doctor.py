@@ -28,7 +28,7 @@ def checkout(tmp_path):
 def examine(folder: Path, *options, packages: Path | None = None, **env) -> tuple[int, str]:
     """Exit code and screen of `python doctor.py`; what `packages` holds is found before what is installed."""
     env = os.environ | {"PYTHONPATH": str(packages or ""), "OMP_NUM_THREADS": "1"} | env
-    out, err = (process := python(*options, folder / "doctor.py", cwd=folder, env=env)).communicate(timeout=120)
+    out, err = (process := python(*options, folder / "doctor.py", cwd=folder, env=env)).communicate(timeout=300)
     assert err == "" and "Traceback" not in out, err
     assert out.isascii() and len(out.splitlines()) <= 40, "more than one screen"
     return process.returncode, out
@@ -168,7 +168,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a CPU i
 def test_memory_is_measured(tmp_path):
     """What it prints is the model's size, and what steps on 1 and 2 sequences take; more take more."""
     argv = [ROOT / "doctor.py", "--memory", *SMALL, "--dataset", "fineweb", "--batch-size", "2"]
-    out, err = (process := python(*argv, cwd=tmp_path)).communicate(timeout=120)
+    out, err = (process := python(*argv, cwd=tmp_path)).communicate(timeout=300)
     assert process.returncode == 0 and err == "", err
     cfg = train.make_config(dict(dataset="fineweb", preset="nano", pattern="MA", d_model=32, n_head=2, d_state=8,
                                  headdim=16, d_ff=64, block_size=512), False)[0]  # fmt: skip

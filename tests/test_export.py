@@ -258,7 +258,7 @@ def test_transformers_is_not_needed_to_write(tmp_path):
     make_run(tmp_path / "run")
     code = "import sys; sys.modules['transformers'] = None; import export; sys.exit(export.main(sys.argv[1:]))"
     process = python("-c", code, tmp_path / "run", "--to", "hf", tmp_path / "out", cwd=tmp_path)
-    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+    assert process.communicate(timeout=300)[1] == "" and process.returncode == 0
     assert sorted(os.listdir(tmp_path / "out")) == FILES
 
 

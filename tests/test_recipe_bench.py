@@ -262,7 +262,7 @@ def test_a_stop_ends_both_processes_and_leaves_no_row(out, number, code):
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    error = process.communicate(timeout=60)[1]  # returns when both have closed their ends
+    error = process.communicate(timeout=300)[1]  # returns when both have closed their ends
     assert process.returncode == code and error.count("\n") == (number == signal.SIGINT), error
     assert not any(row["seed"] == seed for row in recipe.read_rows(out))
 

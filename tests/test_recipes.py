@@ -191,7 +191,7 @@ def test_training_without_unix(arc_dir, tmp_path):
 def test_help_on_other_consoles(encoding, tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
     process = python(ROOT / "train.py", "--help", cwd=tmp_path, env=env, encoding=encoding)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and "--batch-size" in out and err == ""
 
 

@@ -196,7 +196,7 @@ class Tab:
 
     def until(self, expression: str) -> None:
         """Waits for a condition. The page's policy forbids eval, which playwright's own way of waiting needs."""
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while not self.page.evaluate(expression):
             assert time.monotonic() < end, expression
             self.page.wait_for_timeout(20)

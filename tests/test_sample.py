@@ -322,7 +322,7 @@ def test_without_vocabulary_and_network_there_is_one_line_soon(tmp_path, capsys,
     monkeypatch.setattr(registry, "ENCODINGS", {})
     start = time.monotonic()
     assert "TIKTOKEN_CACHE_DIR" in refused(capsys, tmp_path / "run", "--prompt", "a", "--device", "cpu")
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 30
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,12 +339,12 @@ def test_stopping(tmp_path, event):
     assert process.stdout.read(20).startswith(b"On")
     if event == "ctrl-c":
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == 130 and err.endswith(b"\nsample.py: stopped\n")
     else:
         process.stdout.close()
         err = process.stderr.read()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=300) == 0
     assert b"Traceback" not in err and b"rror" not in err
 
 
@@ -353,5 +353,5 @@ def test_a_console_that_lacks_characters(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
     flags = ["--prompt", "é 東", "--max-new-tokens", 1, "--device", "cpu"]
     process = python(ROOT / "sample.py", tmp_path, *flags, cwd=tmp_path, text=False)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and out.startswith("é ?".encode("cp1252")), err
