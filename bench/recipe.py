@@ -123,6 +123,31 @@ class Doubled(ArcDataLoader):
         return super().batches()
 
 
+class HeldOutTwice(ArcDataLoader):
+    """While the learning rate falls, what the held-out tasks may teach comes twice an epoch."""
+
+    names: set[str] = set()  # of the held-out tasks
+    progress = 0.0  # of the run, 0 to 1
+
+    def __init__(self, tasks, *args, **more):
+        super().__init__(tasks, *args, **more)
+        self.plain = self.tasks
+
+    def batches(self):
+        falls = self.train and self.progress >= 1 - train.TrainConfig.decay_frac
+        self.tasks = self.plain + [t for t in self.plain if falls and t.name in self.names]
+        return super().batches()
+
+
+def watched_schedule(progress, warmup_frac, decay_frac):
+    """The schedule, which tells `HeldOutTwice` how far the run is."""
+    HeldOutTwice.progress = progress
+    return PLAIN_SCHEDULE(progress, warmup_frac, decay_frac)
+
+
+PLAIN_SCHEDULE = train.schedule
+
+
 class TokenOnly(GPT):
     """The task's vector is its first token's and no more; it does not scale and shift every block."""
 
@@ -234,6 +259,9 @@ VARIANTS = {
                            {"ArcDataLoader": SinglePair, "TASK_DROPOUT": 0.0}, context=False),
     "mixed-70-30": Variant("three sequences in ten are one pair behind its task's token",
                            patch={"ArcDataLoader": Mixed}),
+    "held-out-twice": Variant("while the learning rate falls, the demonstrations of held-out tasks come twice an epoch",
+                              patch={"ArcDataLoader": HeldOutTwice, "schedule": watched_schedule}),
+    "task-kept": Variant("no sequence goes without its task's token", patch={"TASK_DROPOUT": 0.0}),
     "no-task-token": Variant("every task is unknown: demonstrations only", patch={"ArcDataLoader": NoTaskToken}),
     "token-only": Variant("the task is its first token; it scales and shifts no block", patch={"GPT": TokenOnly}),
     "task-everywhere": Variant("the task's vector is added to every token instead", patch={"GPT": TaskEverywhere}),
@@ -438,6 +466,7 @@ def train_and_measure(out: Path, data: str, name: str, seed: int, minutes: float
     folders = ["--data-dir", str(out / data), "--out-dir", str(out / "runs" / f"{data}-{name}-{seed}-{minutes:g}")]
     ours = dict(time=SimpleNamespace(monotonic=time.process_time), evaluate=evaluate, finish=finish,
                 save_checkpoint=lambda path, state: None)
+    HeldOutTwice.names = {file.stem for file in (out / data / "evaluation").glob("*.json")}
     with mock.patch.multiple(train, **ours, **variant.patch):
         if train.main(flags.split() + folders) or "steps" not in row:
             raise SystemExit(1)
