@@ -1,6 +1,6 @@
 """Decoding speed against the length of the context: hybrid, all attention, all Mamba, alone and in a batch.
 
-    python bench/decode.py                                  # five minutes on two cores; needs requirements-dev.txt
+    python bench/decode.py                                  # two minutes on two cores; needs requirements-dev.txt
     python bench/decode.py --device cuda --contexts 512 4096 16384 --batch-sizes 1 16 64
 
 The three models have as many parameters as each other. Contexts are random tokens; speeds are new tokens a second, of
@@ -59,10 +59,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = peers.Parser(prog="decode.py", description=__doc__.splitlines()[0])
     parser.add_argument("--contexts", nargs="+", type=peers.positive, default=[512, 1024, 2048, 4096], metavar="N",
                         help="lengths of the prompts (default: 512 1024 2048 4096)")
-    parser.add_argument("--batch-sizes", nargs="+", type=peers.positive, default=[1, 16], metavar="N",
-                        help="prompts at a time (default: 1 16)")
+    parser.add_argument("--batch-sizes", nargs="+", type=peers.positive, default=[1, 4], metavar="N",
+                        help="prompts at a time (default: 1 4)")
     parser.add_argument("--tokens", type=peers.positive, default=32, metavar="N", help="new tokens (default: 32)")
-    parser.add_argument("--rounds", type=peers.positive, default=3, metavar="N", help="(default: 3)")
+    parser.add_argument("--rounds", type=peers.positive, default=2, metavar="N", help="(default: 2)")
     parser.add_argument("--size", choices=peers.SIZES, help="of the models (default: small; gpt2 on CUDA)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where (default: cpu)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="results (default: bench/results/, by date)")
