@@ -630,7 +630,8 @@ def make_parser() -> argparse.ArgumentParser:
                         "(default: auto)")
     parser.add_argument("--kernels", default="auto", choices=("auto", "triton", "torch"), help="Mamba-2 scan "
                         "(default: auto)")
-    parser.add_argument("--out", metavar="DIR", help="where the results go (default: RUN/solve-SPLIT)")
+    parser.add_argument("--out", metavar="DIR", help="where the results go (default: RUN/solve-SPLIT, and with "
+                        "--data-dir RUN/solve-DATA-SPLIT)")
     parser.add_argument("--picture", action="store_true", help="also draw contact sheets, picture-01.png and so on")
     parser.add_argument("--score", metavar="FILE", help="score this submission and do nothing else; with RUN, outputs "
                         "that it learned from do not count")
@@ -711,8 +712,9 @@ def solve(args: argparse.Namespace) -> None:
     args.batch_tokens = args.batch_tokens or (1 << 19 if runtime.device.type == "cuda" else 1 << 15)
     args.ttt_lr = run.cfg.max_lr / 4 if args.ttt_lr is None else args.ttt_lr
     settings = make_settings(args, model, step, questions, runtime)
-    where = args.split or ("evaluation" if has_splits(path) else path.resolve().stem)
-    out = Path(args.out) if args.out else folder / f"solve-{where}"
+    split = args.split or ("evaluation" if has_splits(path) else "")
+    name = "-".join(filter(None, ["solve", path.resolve().stem if args.data_dir else "", split]))
+    out = Path(args.out) if args.out else folder / name
     out.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(Lock(out)), contextlib.closing(AnswerLog(out / "answers.jsonl", settings)) as log:
         known = sum(q.name in run.task_tokens for q in questions)

@@ -534,6 +534,9 @@ def test_results_go_beside_the_run_by_default_and_leave_its_own_files_alone(trai
     assert sorted(f.name for f in out.iterdir()) == ["answers.jsonl", "picture-01.png", "report.html", "scores.json",
                                                      "submission.json"]  # fmt: skip
     shutil.rmtree(out)
+    assert call(tmp_path / "run", "--views", "1", "--data-dir", data, "--tasks", "ev0") == 0  # other data, other folder
+    assert [f.name for f in (tmp_path / "run").glob("solve-*")] == [f"solve-{data.name}-evaluation"]
+    shutil.rmtree(tmp_path / "run" / f"solve-{data.name}-evaluation")
     assert tree(tmp_path / "run") == tree(trained)
 
 
