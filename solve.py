@@ -64,6 +64,7 @@ from train import (
     cut,
     digest,
     encode_answer,
+    from_here,
     inverse_colours,
     inverse_symmetry,
     load_config,
@@ -672,7 +673,7 @@ def score_file(args: argparse.Namespace) -> None:
 
 def described(path: Path, split: str | None) -> str:
     """The tasks that are answered or scored, in words."""
-    return f"{path} {split or 'evaluation'}" if split or has_splits(path) else str(path)
+    return f"{from_here(path)} {split or 'evaluation'}" if split or has_splits(path) else str(from_here(path))
 
 
 def make_settings(args: argparse.Namespace, model: GPT, step: int, questions: list[Question],

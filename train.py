@@ -982,6 +982,11 @@ def reason(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0][:120] or type(error).__name__
 
 
+def from_here(path: Path) -> Path:
+    """A path as one types it: from the current folder, where it lies below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def check_ordinary(path: Path) -> None:
     """OSError where something other than a file has this name, such as a pipe that nobody may ever write to."""
     if path.exists() and not path.is_file():
@@ -2109,7 +2114,7 @@ def open_arc(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: 
         data.unigram = unigram_loss(seen, np.concatenate([encode_answer(a) for a in data.answers]))
     count = sum(len(t.pairs) for t in data.train.tasks)
     held = len({q.name for q in data.questions})
-    runtime.say(f"data        {folder}: {len(data.train.tasks)} tasks, {count} pairs to learn from; "
+    runtime.say(f"data        {from_here(folder)}: {len(data.train.tasks)} tasks, {count} pairs to learn from; "
                 f"{len(data.answers)} outputs of {held} held-out training tasks to measure on\n"
                 f"            left out: {arc.left_out} tasks with grids over {cfg.max_grid} x "
                 f"{cfg.max_grid}, {len(data.train.too_long)} longer than {model_cfg.block_size} tokens, "
@@ -2131,7 +2136,7 @@ def open_text(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order:
     data = Data(train=FineWebLoader(folder, "train", *sizes, **order), val=FineWebLoader(folder, "val", *sizes))
     data.unigram = unigram_loss(*(max(loader.shards, key=len)[:2_000_000] for loader in (data.train, data.val)))
     counts = [f"{sum(map(len, loader.shards)):,}" for loader in (data.train, data.val)]
-    runtime.say(f"data        {folder}: {counts[0]} training and {counts[1]} validation tokens in "
+    runtime.say(f"data        {from_here(folder)}: {counts[0]} training and {counts[1]} validation tokens in "
                 f"{len(data.train.files)} + {len(data.val.files)} shards")
     if meta:
         open_tokenizer(data, meta["tokenizer"], runtime)
