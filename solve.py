@@ -558,7 +558,7 @@ def report_outputs(records: dict[str, dict], questions: list[Question], truths: 
 def draw_pictures(out: Path, outputs: list[dict], title: str) -> list[Path]:
     """Contact sheets of all outputs, solved ones first: picture-01.png, picture-02.png, …
 
-    The heading counts as the scores do; an output that the run learned from says so.
+    The heading counts as the scores do; outputs that the run learned from come last and say so.
     """
     import plot
 
@@ -570,7 +570,7 @@ def draw_pictures(out: Path, outputs: list[dict], title: str) -> list[Path]:
         name = o["task"] + ", learned from" * o["seen"] + ", second attempt" * second
         entries.append({"name": name, "test": o["test"], "demonstrations": shown, "seen": o["seen"]}
                        | {key: None if grid is None else np.array(grid) for key, grid in grids.items()})
-    entries.sort(key=plot.rank)
+    entries.sort(key=lambda entry: (entry["seen"], plot.rank(entry)))
     heading = plot.heading([e for e in entries if e["truth"] is not None and not e["seen"]])
     sheets = [entries[i : i + plot.ROWS] for i in range(0, len(entries), plot.ROWS)]
     digits = max(2, len(str(len(sheets))))
