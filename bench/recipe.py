@@ -466,7 +466,7 @@ def train_and_measure(out: Path, data: str, name: str, seed: int, minutes: float
     folders = ["--data-dir", str(out / data), "--out-dir", str(out / "runs" / f"{data}-{name}-{seed}-{minutes:g}")]
     ours = dict(time=SimpleNamespace(monotonic=time.process_time), evaluate=evaluate, finish=finish,
                 save_checkpoint=lambda path, state: None)
-    HeldOutTwice.names = {file.stem for file in (out / data / "evaluation").glob("*.json")}
+    HeldOutTwice.names, HeldOutTwice.progress = {f.stem for f in (out / data / "evaluation").glob("*.json")}, 0.0
     with mock.patch.multiple(train, **ours, **variant.patch):
         if train.main(flags.split() + folders) or "steps" not in row:
             raise SystemExit(1)

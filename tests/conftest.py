@@ -1,6 +1,7 @@
 """What every test file may rely on: the repository on the path, two threads, no network, the official ARC tasks."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported; processes that tests start inherit it
 os.environ["HF_HUB_OFFLINE"] = "1"  # a look-up without a network retries for 23 seconds
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background, whose children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

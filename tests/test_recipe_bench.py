@@ -109,7 +109,18 @@ def test_every_variant_trains_and_makes_a_difference(out, base, name):
     for group, found in row["groups"].items():
         assert 0 < found["loss"] < 10 and 0 <= found["exact"] <= 1 and 0 <= found["voted"] <= 1
         losses[group] = found["loss"] == base["groups"][group]["loss"]
-    assert losses == {"known": name == "base", "new": name == "base"}  # base: the same again, bit for bit
+    same = name in ("base", "held-out-twice")  # to the last bit; the latter differs from the second epoch on
+    assert losses == {"known": same, "new": same}
+
+
+def test_held_out_tasks_come_twice_an_epoch_while_the_rate_falls(monkeypatch):
+    tasks = random_tasks(6)
+    monkeypatch.setattr(recipe.HeldOutTwice, "progress", 0.0)
+    monkeypatch.setattr(recipe.HeldOutTwice, "names", {tasks[1].name, tasks[4].name})
+    made = loader(recipe.HeldOutTwice, tasks)
+    for progress, rows in ((0.3, 4), (0.7, 8), (0.3, 4)):  # whole batches of four
+        assert recipe.watched_schedule(progress, 0.02, 0.4) == train.schedule(progress, 0.02, 0.4)
+        assert len(list(itertools.chain(*made.batches()))) == rows
 
 
 def test_patches_end_with_the_run(base):
