@@ -1,6 +1,6 @@
 """Decoding speed against the length of the context: hybrid, all attention, all Mamba, alone and in a batch.
 
-    python bench/decode.py                                  # two minutes on two cores; needs requirements-dev.txt
+    python bench/decode.py                                  # four minutes on one core; needs requirements-dev.txt
     python bench/decode.py --device cuda --contexts 512 4096 16384 --batch-sizes 1 16 64
 
 The three models have as many parameters as each other. Contexts are random tokens; speeds are new tokens a second, of

@@ -139,13 +139,13 @@ class HeldOutTwice(ArcDataLoader):
         return super().batches()
 
 
+PLAIN_SCHEDULE = train.schedule
+
+
 def watched_schedule(progress, warmup_frac, decay_frac):
     """The schedule, which tells `HeldOutTwice` how far the run is."""
     HeldOutTwice.progress = progress
     return PLAIN_SCHEDULE(progress, warmup_frac, decay_frac)
-
-
-PLAIN_SCHEDULE = train.schedule
 
 
 class TokenOnly(GPT):
