@@ -1,0 +1,199 @@
+"""Reading and writing files safely, and how every script ends: one line and an exit code, whatever went wrong.
+
+Only the standard library is imported here, so that a script can say what is wrong before it loads anything large.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+class UserError(Exception):
+    """Something that a user can mend. Each line names the file or flag, says what is wrong and what to do."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, for a message of ours; the kind of error where it says nothing."""
+    said = getattr(error, "strerror", None) or str(error)  # strerror leaves out the file, which the message names
+    return (said.strip().splitlines() or [""])[0][:160] or type(error).__name__
+
+
+def from_here(path: Path | str) -> Path:
+    """A path as one would type it: relative to the current folder if it lies below."""
+    path = Path(path)
+    with contextlib.suppress(OSError, ValueError):  # the current folder may have been deleted
+        return path.relative_to(Path.cwd())
+    return path
+
+
+# == READING ==========================================================================================================
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """What a file holds. OSError if it is not an ordinary file: a pipe, for example, might be waited for for ever."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(None, "not an ordinary file", str(path))
+    return path.read_bytes()
+
+
+def read_text(path: Path | str, errors: str = "strict") -> str:
+    """The text of a file in UTF-8, with or without a byte order mark, or in UTF-16 with one."""
+    data = read_bytes(path)
+    return data.decode("utf-16" if data.startswith(UTF16) else "utf-8-sig", errors)
+
+
+def read_json(path: Path | str) -> Any:
+    """What a JSON file holds. Raises UserError if it cannot be read."""
+    try:
+        return json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({reason(error)})") from None
+
+
+# == WRITING ==========================================================================================================
+
+
+@contextlib.contextmanager
+def replacing(path: Path, check: Callable[[Path], None] | None = None) -> Iterator[BinaryIO]:
+    """Write to a temporary name beside `path`, flush to disk, then rename: `path` is never seen half-written.
+
+    The old file stays until the new one has passed `check(temporary)`. The folder is flushed after the rename.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if check:
+            check(temporary)
+        os.replace(temporary, path)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # some network file systems cannot flush a folder
+                os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is reported without a name
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON to a file that is never seen half-written."""
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
+
+
+# == HOW A SCRIPT ENDS ================================================================================================
+
+
+class Steady:
+    """A text stream that printing cannot fail on.
+
+    Characters that the console lacks are written as escapes, such as \\u6771. If the stream cannot be written to (its
+    reader is gone, its disk is full), the first error is kept in `lost` and all further text is dropped.
+    If `ends` is true, that error is raised: printing is what the program is for.
+    """
+
+    def __init__(self, stream: Any, ends: bool = False):
+        self.stream, self.ends, self.lost = stream or open(os.devnull, "w", encoding="utf-8"), ends, None
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # not every stream can be reconfigured
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, work: Callable[..., Any], *args: str) -> None:
+        try:
+            work(*args)
+        except (OSError, ValueError) as error:  # ValueError: the stream was closed
+            if self.lost:
+                return
+            self.lost = error if isinstance(error, OSError) else OSError(None, str(error))
+            self.lost.filename = "standard output"
+            with contextlib.suppress(OSError, ValueError):  # what is still buffered must not fail again at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self.ends:
+                raise self.lost from None
+
+
+def open_standard_descriptors() -> None:
+    """Put the null device on descriptors 0 to 2 that are closed; otherwise the next files opened would get them."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    texts = ("out of memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    said = isinstance(error, (RuntimeError, OSError)) and any(text in str(error) for text in texts)
+    return said or isinstance(error, MemoryError)
+
+
+def run_script(program: str, work: Callable[[], int | None], memory: str = "", output: bool = False) -> int:
+    """Run the work of a script and return its exit code, after at most one line on stderr for each problem.
+
+    0 or what `work` returns; 2 after a UserError, an OSError, or when memory ran out (`memory` says what to do then);
+    130 after Ctrl-C. The text of a KeyboardInterrupt, if it has one, is what is said. Any other exception is a bug in
+    the program and keeps its traceback. While `work` runs, printing cannot fail. With `output`, a program that exists
+    for what it prints ends when stdout takes no more: quietly if the reader is gone, as `head` is after ten lines.
+    """
+    open_standard_descriptors()
+    before = sys.stdin, sys.stdout, sys.stderr
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
+    sys.stdout, sys.stderr = streams = Steady(sys.stdout, output), Steady(sys.stderr)
+    try:
+        return ending(program, work, memory, streams[0])
+    finally:
+        for stream in streams:
+            stream.ends = False
+            stream.flush()
+        sys.stdin, sys.stdout, sys.stderr = before
+
+
+def ending(program: str, work: Callable[[], int | None], memory: str, stdout: Steady) -> int:
+    """The exit code of `work`; problems are written to stderr."""
+    try:
+        code = work() or 0
+        stdout.flush()
+        if stdout.lost and not code:
+            raise stdout.lost
+        return code
+    except UserError as error:
+        lines, code = str(error).splitlines(), 2
+    except KeyboardInterrupt as error:
+        lines, code = [str(error) or "stopped"], 130
+    except (MemoryError, RuntimeError, OSError) as error:
+        if out_of_memory(error):
+            detail = f" ({reason(error)})" if str(error) else ""
+            lines = [f"out of memory{detail}" + (f"; {memory}" if memory else "")]
+        elif not isinstance(error, OSError):
+            raise
+        elif isinstance(error, BrokenPipeError) and error is stdout.lost:
+            return 0
+        else:
+            lines = [f"{error.filename}: {reason(error)}" if error.filename else reason(error)]
+        code = 2
+    for line in lines:
+        print(f"{program}: {line}", file=sys.stderr)
+    return code
