@@ -5,6 +5,7 @@ Only the standard library is imported here, so that a script can say what is wro
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import contextlib
 import json
@@ -60,6 +61,42 @@ def read_json(path: Path | str) -> Any:
         raise UserError(f"{path}: cannot be read as JSON ({reason(error)})") from None
 
 
+def fits(value: Any, shape: Any) -> bool:
+    """Whether parsed JSON has a shape: a type, None, {key: shape} (other keys may be there), [shape], (shape, or shape)."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(key in value and fits(value[key], s) for key, s in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(v, shape[0]) for v in value)
+    if isinstance(shape, tuple):
+        return any(fits(value, s) for s in shape)
+    return value is None if shape is None else type(value) is shape
+
+
+def files_below(folder: Path, wanted: Callable[[str], Any]) -> list[Path]:
+    """The files below a folder whose names are `wanted`, without hidden ones, sorted by path.
+
+    Linked folders are followed, each once, so that links in a circle come to an end. Raises OSError for a folder that
+    cannot be listed and UserError for something that is not a file, rather than leave it out in silence.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    found, seen, waiting = [], set(), [str(folder)]
+    while waiting:
+        for here, folders, names in os.walk(waiting.pop(0), onerror=stop):  # does not enter linked folders
+            real = os.path.realpath(here)
+            folders[:] = [] if real in seen else sorted(f for f in folders if f[0] != ".")
+            if real not in seen:
+                seen.add(real)
+                waiting += [link for f in folders if os.path.islink(link := os.path.join(here, f))]
+                found += [Path(here, name) for name in names if name[0] != "." and wanted(name)]
+    for file in found:
+        if not file.is_file():
+            raise UserError(f"{file}: a broken link, or not an ordinary file; remove it")
+    return sorted(found, key=lambda f: f.relative_to(folder).as_posix())
+
+
 # == WRITING ==========================================================================================================
 
 
@@ -96,7 +133,26 @@ def write_json(path: Path, value: Any) -> None:
         file.write(json.dumps(value, indent=1).encode())
 
 
-# == HOW A SCRIPT ENDS ================================================================================================
+# == HOW A SCRIPT BEGINS AND ENDS =====================================================================================
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line. `prog` is the script's path from the root of the project."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{Path(self.prog).name}: {message} (see python {self.prog} --help)\n")
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """For argparse: the type of a flag that takes a whole number from `low` to `high`."""
+
+    def number(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if low <= int(text) <= high:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text:.40} is not a whole number from {low:,} to {high:,}")
+
+    return number
 
 
 class Steady:

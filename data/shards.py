@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from data.files import UserError, read_bytes, read_json, reason
+from data.files import UserError, fits, read_bytes, read_json, reason
 
 MAGIC = 20240520  # first number of a .bin shard
 EOT = "<|endoftext|>"
@@ -131,19 +131,15 @@ def read_meta(folder: Path | str) -> dict[str, Any]:
     if not path.exists():
         return {}
     meta = read_json(path)
-    try:
-        sizes = {folder / shard["name"]: int(shard["bytes"]) for shard in meta["shards"]}
-        if not isinstance(meta["tokenizer"], str) or not 0 < meta["end_of_text"] < meta["vocab_size"] <= 65536:
-            raise ValueError(f"a vocabulary of {meta['vocab_size']} with end of text {meta['end_of_text']}")
-        if any(Path(name.name) != name.relative_to(folder) for name in sizes):
-            raise ValueError("a shard in another folder")
-        wrong = next((f for f, size in sizes.items() if not f.is_file() or f.stat().st_size != size), None)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(f"{path}: does not describe shards ({reason(error)}); make them again with data/prepare.py, "
-                        "or remove it") from None
-    if wrong:
-        raise UserError(f"{wrong}: missing, or not the {sizes[wrong]:,} bytes that meta.json names; data/prepare.py, "
-                        "started again, mends it")
+    shape = {"tokenizer": str, "vocab_size": int, "end_of_text": int, "shards": [{"name": str, "bytes": int}]}
+    if not fits(meta, shape) or not 0 < meta["end_of_text"] < meta["vocab_size"] <= 65536 \
+            or any(Path(shard["name"]).name != shard["name"] for shard in meta["shards"]):  # fmt: skip
+        raise UserError(f"{path}: does not describe shards; make them again with data/prepare.py, or remove it")
+    for shard in meta["shards"]:
+        file = folder / shard["name"]
+        if not os.path.isfile(file) or file.stat().st_size != shard["bytes"]:
+            raise UserError(f"{file}: missing, or not the {shard['bytes']:,} bytes that meta.json names; "
+                            "data/prepare.py, started again, mends it")
     return meta
 
 
@@ -207,3 +203,9 @@ def reachable(url: str) -> bool:
     thread.start()
     thread.join(PATIENCE)
     return bool(answered)
+
+
+def bytes_per_token(tokenizer: Any, tokens: np.ndarray) -> float:
+    """Bytes of text that one of these tokens stands for on average; end-of-text, the last in the vocabulary, is none."""
+    lengths = [len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab - 1)]
+    return max(float(np.array([*lengths, *[0] * (65536 - len(lengths))])[tokens].mean()), 1e-9)
