@@ -1,0 +1,223 @@
+"""A micro-batch in pieces: as many as fit the memory at hand, computed by all cores of a CPU at once.
+
+Each function has the name, arguments and meaning of the plain one in train.py.
+
+Why threads of our own: an operator that PyTorch shares out to two threads waits for both, some 6,000 times in a step.
+Beside one other busy process, which takes the processor from one of them again and again, that costs nine tenths of the
+speed. Here every core computes pieces of the batch from end to end, with operators that use one thread, and waits for
+the others once a step.
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import math
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import train
+from data.files import UserError, out_of_memory
+from train import GPT, IGNORE_INDEX, PLAIN, ModelConfig, Optimizers, Runtime, TrainConfig
+
+Batch = tuple[Tensor, Tensor]  # x and y, both (B, T) int64
+
+
+# == WHAT THIS MACHINE HAS ============================================================================================
+
+
+def free_memory() -> float:
+    """Bytes of main memory that this process may still take; infinite where the system does not say (not Linux)."""
+    found = [math.inf]
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a container's limit, or "max"
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+        found.append(limit - used + int(stat["inactive_file"]))  # files read before can be given back
+    return min(found) / int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+@functools.cache
+def cores() -> int:
+    """Cores that this process may keep busy: OMP_NUM_THREADS, or else its affinity and its container's quota."""
+    with contextlib.suppress(KeyError, ValueError):
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    found = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" without a quota
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        found.append(math.ceil(int(quota) / int(period)))
+    return max(1, min(found))
+
+
+@functools.cache
+def pool() -> ThreadPoolExecutor:
+    """One thread for each core; PyTorch's operators use no further ones there."""
+    return ThreadPoolExecutor(cores(), "piece", initializer=torch.set_num_threads, initargs=(1,))
+
+
+def on_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
+    """work(item) for all items on the threads of the pool, in the order of the items; the first error is raised."""
+    return pool().map(work, items)
+
+
+# == PIECES ===========================================================================================================
+
+
+def split_batches(batches: list[Batch], pieces: int, trim: bool) -> list[Batch]:
+    """Each micro-batch cut into so many of fewer rows. With `trim`, rows of similar length go together, and a piece ends
+    with its last supervised token, because what comes behind that changes no loss."""
+    found = []
+    for x, y in batches:
+        if trim:
+            last = torch.arange(1, y.shape[1] + 1).mul(y != IGNORE_INDEX).amax(1)  # (B,)
+            order = last.argsort(descending=True, stable=True)
+            x, y, last = x[order], y[order], last[order]
+        for part in torch.arange(len(x)).chunk(pieces):
+            end = max(1, int(last[part[0]])) if trim else x.shape[1]
+            found.append((x[part, :end], y[part, :end]))
+    return found
+
+
+def shares_out(network: nn.Module, runtime: Runtime) -> bool:
+    """Whether pieces are computed at once. Not with dropout: its random numbers come from one generator, in order."""
+    alone = runtime.world == 1 and runtime.device.type == "cpu" and cores() > 1
+    return alone and isinstance(network, GPT) and not (network.training and network.config.dropout)
+
+
+def mean_loss(network: nn.Module, batches: list[Batch], runtime: Runtime, learn: bool = True) -> Tensor:
+    """The mean loss over all supervised tokens; with its gradients if `learn`. In more pieces if memory runs out."""
+    rows = max(len(x) for x, _ in batches)
+    while True:
+        pieces = split_batches(batches, runtime.pieces, runtime.device.type == "cpu")
+        try:
+            if len(pieces) > 1 and shares_out(network, runtime):
+                return shared_mean_loss(network, pieces, runtime, learn)
+            return train.mean_loss.plain(network, pieces, runtime, learn)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error) or runtime.world > 1:  # the other ranks would wait for this one
+                raise
+        network.zero_grad(set_to_none=True)
+        gc.collect()
+        if runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+        use_less_memory(network, runtime, rows)
+
+
+def shared_mean_loss(model: GPT, pieces: list[Batch], runtime: Runtime, learn: bool) -> Tensor:
+    """The same of pieces on all cores. Gradients are added in the order of the pieces, whoever is done first."""
+    counts = [int((y != IGNORE_INDEX).sum()) for _, y in pieces]
+    params = [p for p in model.parameters() if p.requires_grad]
+
+    def compute(i: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        (x, y), share = pieces[i], counts[i] / sum(counts)
+        with torch.set_grad_enabled(learn), runtime.autocast():  # both are a thread's own
+            loss = model(x, y)[1] * share
+        return loss.detach(), torch.autograd.grad(loss, params, allow_unused=True) if learn else ()
+
+    mean = torch.zeros(())
+    for loss, grads in on_threads(compute, (i for i, count in enumerate(counts) if count)):
+        mean += loss
+        for p, grad in zip(params, grads, strict=False):
+            if grad is not None:
+                p.grad = grad if p.grad is None else p.grad.add_(grad)
+    return mean
+
+
+# == FITTING ==========================================================================================================
+
+
+def check_room(model_cfg: ModelConfig) -> None:
+    """UserError if not even the weights of such a model fit in memory."""
+    with torch.device("meta"):
+        needed = sum(p.nbytes for p in GPT(model_cfg).parameters())
+    if needed > (free := free_memory()):
+        raise UserError(f"a model of these sizes has {needed / 1e9:,.1f} GB of weights where {free / 1e9:,.1f} GB of "
+                        "memory are free; lower --d-model, --d-ff or the number of layers")
+
+
+def build_model(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime) -> GPT:
+    """The model with fresh weights, ready to compute; UserError if it does not fit in memory."""
+    check_room(model_cfg)
+    return train.build_model.plain(model_cfg, cfg, runtime)
+
+
+def use_less_memory(model: nn.Module, runtime: Runtime, rows: int) -> None:
+    """Half as many sequences at a time, then activations made again; UserError if nothing is left to reduce."""
+    model = getattr(model, "module", model)  # of DistributedDataParallel
+    if runtime.pieces < rows:
+        runtime.pieces *= 2
+    elif not model.remat:
+        model.remat = True
+    else:
+        raise UserError(f"one sequence of {model.config.block_size} tokens does not fit in memory, even with "
+                        "--remat; lower --block-size, --d-model or the number of layers")
+    again = ", activations made again in the backward pass (--remat)" if model.remat else ""
+    runtime.say(f"memory      too small for that: {math.ceil(rows / runtime.pieces)} sequences at a time{again}; the "
+                "effective batch stays as it is")
+
+
+def activation_bytes(model: GPT) -> int:
+    """What the backward pass of one sequence of block_size tokens keeps, apart from the weights; float32, measured."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    tokens = torch.zeros(1, model.config.block_size, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = model(tokens, tokens)[1]
+    del loss
+    return sum(size for where, size in kept.items() if where not in weights)
+
+
+def fit_to_cpu(model: GPT, cfg: TrainConfig, runtime: Runtime) -> None:
+    """Measure one sequence and reckon the rest: a process that took too much would be killed instead of told."""
+    rows, shared = cfg.batch_size, shares_out(model, runtime)
+    if shared and rows > 1:
+        runtime.pieces = min(rows, 2 * cores())
+        torch.set_num_threads(1)  # also for what is left to this thread
+    room = free_memory() - 4 * sum(p.nbytes for p in model.parameters())  # gradients, the optimizers' state, transients
+    one = full = activation_bytes(model)
+    while math.ceil(rows / runtime.pieces) * (cores() if shared else 1) * one * 1.5 > room:
+        use_less_memory(model, runtime, rows)
+        if model.remat:  # and one block's activations and transients come again in the backward pass
+            one = activation_bytes(model) + 3 * full // len(model.blocks)
+
+
+def fit_to_memory(model: GPT, optimizers: Optimizers, cfg: TrainConfig, runtime: Runtime) -> None:
+    """One step on the largest batch there can be, before the clock starts; on a CPU a part of it.
+
+    Triton's kernels are compiled and tuned here, before ranks wait for each other, and micro-batches are cut until
+    they fit in memory. Weights, optimizers and random numbers are left as they were; call it before a checkpoint is
+    restored.
+    """
+    cuda = runtime.device.type == "cuda"
+    with torch.random.fork_rng([runtime.device] if cuda else []):
+        if runtime.device.type == "cpu":
+            fit_to_cpu(model, cfg, runtime)
+        else:
+            if runtime.ops is not PLAIN:
+                runtime.say("            compiling kernels, which takes minutes the first time")
+            tokens = torch.zeros(cfg.batch_size, model.config.block_size, dtype=torch.long)
+            alone = dataclasses.replace(runtime, world=1)
+            buckets = [torch.empty_like(p) for p in model.parameters()] if runtime.world > 1 else []
+            mean_loss(model, [(tokens, tokens)], alone)
+            optimizers.step(0.0)
+            del buckets
+            runtime.pieces = int(runtime.all_max(alone.pieces)[0])
+    for optimizer in optimizers.all:
+        optimizer.state.clear()
+    model.zero_grad(set_to_none=True)

@@ -1,0 +1,319 @@
+"""Runs that are hard to lose: checkpoints that survive kill -9 and a full disk, locks, signals, logs, checked settings.
+
+Each function has the name, arguments and meaning of the plain one in train.py.
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.files import UserError, read_bytes, read_json, read_text, reason, replacing
+from train import GPT, PRESETS, ModelConfig, TrainConfig, flag
+
+RETIRED = {"train": {"compile": False, "ema": 0.0, "save_failure": "stop"}, "model": {"ngroups": 1}}  # their defaults
+RENAMED = {"kernels": {"torch": "auto"}}  # values that settings of earlier versions had
+SHARES = ("warmup_frac", "decay_frac", "dropout")
+SIZES = ("batch_size", "grad_accum_steps", "max_grid", "vocab_size", "block_size", "d_model", "n_head", "d_state",
+         "headdim", "d_ff", "chunk_size", "d_conv", "expand")  # must be at least 1
+
+
+# == SETTINGS =========================================================================================================
+
+
+def config_problems(model_cfg: ModelConfig, cfg: TrainConfig) -> list[str]:
+    """Everything that is wrong with these settings, in the words of the flags."""
+    found = []
+    for part in (cfg, model_cfg):
+        for f in dataclasses.fields(part):
+            value, choices = getattr(part, f.name), f.metadata.get("choices")
+            low, high = 1 if f.name in SIZES else 0, 1 if f.name in SHARES else 2**31 - 1
+            if choices and value not in choices:
+                found.append(f"{flag(f.name)} {value!r} must be one of {', '.join(choices)}")
+            elif type(value) in (int, float) and f.name != "document_token" and not low <= value <= high:
+                found.append(f"{flag(f.name)} is {value}; it must be from {low} to {high}")
+    if not cfg.max_steps and not cfg.max_minutes:
+        found.append("--max-steps and --max-minutes are both 0: the run would never end; give one of them")
+    if cfg.dataset in PRESETS and cfg.preset and cfg.preset not in PRESETS[cfg.dataset]:
+        found.append(f"--preset {cfg.preset!r} is none of {cfg.dataset}'s: {', '.join(PRESETS[cfg.dataset])}")
+    if not model_cfg.pattern or set(model_cfg.pattern) - set("MA") or len(model_cfg.pattern) > 1000:
+        found.append(f"--pattern {model_cfg.pattern[:40]!r} must be 1 to 1000 letters M (Mamba-2) and A (attention)")
+    return found or size_problems(model_cfg)
+
+
+def size_problems(cfg: ModelConfig) -> list[str]:
+    """Sizes that are possible alone but not together."""
+    found, d_inner, per_head = [], cfg.expand * cfg.d_model, cfg.d_model // cfg.n_head
+    if cfg.dropout == 1:
+        found.append("--dropout is 1.0; it must be below 1")
+    if "M" in cfg.pattern and d_inner % cfg.headdim:
+        found.append(f"--headdim {cfg.headdim} must divide {cfg.expand} x --d-model = {d_inner}")
+    if "A" in cfg.pattern and cfg.d_model % cfg.n_head:
+        found.append(f"--n-head {cfg.n_head} must divide --d-model {cfg.d_model}")
+    elif "A" in cfg.pattern and (per_head % 2 or cfg.grid and per_head < 8):
+        found.append(f"--d-model / --n-head is {per_head}; rotary positions need it even, those of grids at least 8")
+    return found
+
+
+def load_config(folder: Path) -> tuple[ModelConfig, TrainConfig]:
+    """The recorded settings of a run; UserError if config.json is missing or not ours.
+
+    Settings of earlier versions that are gone are left out, if they were at their defaults or change no weights.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{path}: there is no run in this folder")
+    config = read_json(path)
+    try:
+        found = tuple(settings(cls, config[part], RETIRED[part])
+                      for cls, part in ((ModelConfig, "model"), (TrainConfig, "train")))
+        if wrong := config_problems(*found):
+            raise ValueError(wrong[0])
+        return found
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the settings of a run ({reason(error)})") from None
+
+
+def settings(cls: type, values: dict[str, Any], retired: dict[str, Any]) -> Any:
+    """A dataclass of recorded values; TypeError where one is missing, unknown, or of another type than the default."""
+    if values.get("ngroups", 1) != 1:
+        raise ValueError("ngroups is no setting any more; it was always 1")
+    kept = {name: RENAMED.get(name, {}).get(value, value) if isinstance(value, str) else value
+            for name, value in values.items() if name not in retired}
+    found = cls(**kept)
+    for f in dataclasses.fields(found):
+        value, kind = getattr(found, f.name), type(f.default)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise TypeError(f"{f.name} is {str(value)[:40]!r}, not of type {kind.__name__}")
+    return found
+
+
+def process_numbers() -> tuple[int, int, int]:
+    """Rank, number of processes, and rank on this machine, from torchrun's environment; (0, 1, 0) without it.
+
+    UserError if WORLD_SIZE asks for several processes and the rest of the environment does not fit.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = {name: os.environ[name] for name in (*names, "MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)}
+    if given.get("WORLD_SIZE", "1").strip() in ("0", "1"):  # a cluster's shell may have left RANK alone
+        return 0, 1, 0
+    if len(given) == 5 and all(given[name].isdecimal() for name in names):
+        rank, world, local = (int(given[name]) for name in names)
+        if rank < world and local < world:
+            return rank, world, local
+    raise UserError(f"WORLD_SIZE is {given['WORLD_SIZE']!r}, but RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT do not "
+                    "fit it; start several processes with torchrun, or unset WORLD_SIZE for one")
+
+
+# == CHECKPOINTS ======================================================================================================
+
+
+def check_content(path: Path) -> None:
+    """OSError unless each record of a checkpoint has the checksum that it was written with."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise OSError(f"cut off or damaged: {reason(error)}") from None
+    if bad:
+        raise OSError(f"damaged at {bad}")
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_of(part)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Plain tensors and containers, so that `torch.load(weights_only=True)` reads them; UserError if that fails.
+
+    The checkpoint before it stays in place until this one is on disk and has been read back.
+    """
+    if not torch.stack(torch._foreach_norm([v.float() for v in state["model"].values()])).isfinite().all():
+        raise UserError(f"{path}: not written, because weights are not finite; start again with a lower --max-lr, or "
+                        "--resume from the checkpoint before")
+    try:
+        with replacing(path, check_content) as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:
+        cause = error
+        while cause.__context__ and not isinstance(cause, OSError):  # torch hides what its file raised
+            cause = cause.__context__
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        needs, free = sum(t.nbytes for t in tensors_of(state)) / 1e6, shutil.disk_usage(path.parent).free / 1e6
+        raise UserError(f"{path}: cannot be written ({reason(cause)}); it needs {needs:,.1f} MB where {free:,.1f} MB "
+                        "are free; the checkpoint before it is untouched") from None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The last complete checkpoint of a run, on the CPU; UserError if it is not one of ours."""
+    if not path.exists():
+        raise UserError(f"{path}: no checkpoint there; start the run again without --resume")
+    try:
+        if not path.is_file():
+            read_bytes(path)  # raises
+        check_content(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for damaged files
+        raise UserError(f"{path}: not a readable checkpoint ({reason(error)})") from None
+    missing = {"model", "optimizer", "step", "rng", "loader", "config"} - set(state if isinstance(state, dict) else ())
+    if missing:
+        raise UserError(f"{path}: a checkpoint of another program: it lacks {', '.join(sorted(missing))}")
+    return state
+
+
+def load_model(folder: Path, model_cfg: ModelConfig) -> tuple[GPT, dict[str, Any]]:
+    """The model of a run on the CPU, ready to answer, and its checkpoint.
+
+    Runs of earlier versions may have an average of the weights ("ema"), which then answers.
+    """
+    from extras.memory import check_room
+
+    state = load_checkpoint(folder / "checkpoint.pt")
+    weights = state["model"]
+    try:
+        if state.get("ema"):
+            weights = {name.removeprefix("module."): v for name, v in state["ema"].items() if name != "n_averaged"}
+        check_room(model_cfg)
+        model = GPT(model_cfg)
+        model.load_state_dict(weights)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise UserError(f"{folder / 'checkpoint.pt'}: does not fit config.json ({reason(error)})") from None
+    return model.eval(), state
+
+
+# == ONE PROCESS, AND HOW IT IS STOPPED ===============================================================================
+
+
+class hold:
+    """Holds a run folder until it is closed or this process ends, however it ends; UserError if another one holds it."""
+
+    def __init__(self, folder: Path):
+        self.file, nt = None, os.name == "nt"  # Windows has no locks on folders
+        self.file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT) if nt else os.open(folder, os.O_RDONLY)
+        try:
+            if nt:
+                import msvcrt
+
+                msvcrt.locking(self.file, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self.close()
+            raise UserError(f"{folder}: another process is writing there; name another folder") from None
+        except (OSError, ImportError):  # a file system or a Python without locks
+            pass
+
+    def close(self) -> None:
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+
+    __del__ = close
+
+
+class watch_signals:
+    """`up` is true once Ctrl-C, SIGTERM or SIGHUP has come: the loop finishes its step and saves. A second Ctrl-C stops
+    at once, and so does any of them within `at_once()`."""
+
+    def __enter__(self) -> watch_signals:
+        self.up, self.hurry, self.before = False, False, {}
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            with contextlib.suppress(AttributeError, ValueError):  # Windows has no SIGHUP; a thread has no signals
+                number = getattr(signal, name)
+                self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number: int, frame: Any) -> None:
+        self.up = True
+        if number == signal.SIGINT:  # SIGTERM may come twice: from a supervisor, and forwarded by torchrun
+            signal.signal(number, self.before[number])
+        if self.hurry:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it nothing can be lost, and a signal ends what is done there; the loop then sees `up`."""
+        try:
+            self.hurry = not self.up
+            yield
+        except KeyboardInterrupt:
+            if not self.up:
+                raise
+            print("\nstopped by a signal: the evaluation was left out")
+        finally:
+            self.hurry = False
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# == LOG ==============================================================================================================
+
+
+class open_log:
+    """`metrics.jsonl`, one object on each line; lines after `step` and lines torn by a crash are dropped first."""
+
+    def __init__(self, folder: Path, step: int, config: dict[str, Any]):
+        self.path, kept = folder / "metrics.jsonl", []
+        self.wandb_run = open_wandb(folder, config) if config["train"]["wandb"] else None
+        for line in read_text(self.path, errors="replace").splitlines() if self.path.exists() else []:
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        with replacing(self.path) as file:
+            file.write("".join(kept).encode())
+        self.file = open(self.path, "ab", buffering=0)
+
+    def __call__(self, **values: Any) -> None:
+        """One line; a number that is not finite becomes null. UserError on a full disk."""
+        values = {k: v if not isinstance(v, float) else round(v, 6) if math.isfinite(v) else None
+                  for k, v in values.items()}
+        waiting = json.dumps(values).encode() + b"\n"
+        try:
+            while waiting:
+                waiting = waiting[self.file.write(waiting) :]
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({reason(error)})") from None
+        if self.wandb_run:
+            self.wandb_run.log(values)
+
+    def __del__(self) -> None:
+        if getattr(self, "file", None):
+            self.file.close()
+        if self.wandb_run:
+            self.wandb_run.finish()
+
+
+def open_wandb(folder: Path, config: dict[str, Any]) -> Any:
+    """The Weights & Biases run of this folder, the same one after a resume; UserError if it cannot be had."""
+    try:
+        import wandb
+
+        if not (folder / "wandb.id").exists():
+            (folder / "wandb.id").write_text(os.urandom(4).hex(), encoding="utf-8")
+        run = wandb.init(project="hybrid", name=folder.name, id=(folder / "wandb.id").read_text(encoding="utf-8"),
+                         resume="allow", dir=folder, config=config)
+        run.define_metric("*", step_metric="step")  # wandb's own counter cannot go back, as a resume may
+        return run
+    except Exception as error:  # not installed, not logged in, no network
+        raise UserError(f"--wandb: {reason(error)}; pip install wandb && wandb login, or leave --wandb out") from None
