@@ -83,7 +83,7 @@ def check_name(name: str, where: Any) -> None:
         name.encode()
     except UnicodeEncodeError:
         raise UserError(f"{where}: the name is not UTF-8; rename it") from None
-    if not name or name[0] == "." or set(name) & set("/\\\0"):
+    if not 0 < len(name) <= 200 or name[0] == "." or set(name) & set("/\\\0"):
         raise UserError(f"{where}: {name!r:.60} cannot be the name of a task")
 
 
