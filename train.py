@@ -9,21 +9,18 @@
     python train.py --dataset fineweb --preset gpt2 --batch-size 32  # wants token shards in data/
     torchrun --standalone --nproc-per-node 4 train.py --dataset arc --preset base --batch-size 8
 
-tokens (B, T)
-   |  embedding (ARC: + where in which grid, + the input cells around the cell to predict)
-   |
+tokens (B, T) -> embedding (ARC: + where in which grid, + the input cells around the cell to predict)
    +--> RMSNorm --> Mamba-2 or attention --+     one block for each letter of --pattern: M or A
    |<--------------------------------------+
    +--> RMSNorm --> SwiGLU ----------------+
    |<--------------------------------------+
-   |
-RMSNorm --> head --> logits (B, T, V)
+RMSNorm -> head -> logits (B, T, V)
 
 This file holds the plain version of everything. A function marked `@twin("name")` has a twin of the same name in
 extras/name.py that is faster or harder to kill, and that is used where the folder extras/ exists.
 
 Sections, in order (grep -n '^# == ' train.py):
-    SIZES  OPS  MODEL  GRIDS  DATA  CONFIG  OPTIMIZER  RUN  EVALUATE  TRAIN  CLI
+    SIZES  OPS  MODEL  GRIDS  DATA  CONFIG  OPTIMIZER  RUN  STEP  EVALUATE  TRAIN  CLI
 
 Letters: B batch, T time, D width of the residual stream, H heads, P channels of a head, N state size, Q chunk length,
 V vocabulary. Mamba-2 is Dao & Gu 2024, "Transformers are SSMs" (arXiv:2405.21060).
@@ -47,7 +44,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,8 +57,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from arc_data.tasks import Grid, Pair, Task, base_task, canonical_hash, load_arc
+from arc_data.tasks import Grid, Pair, Task, apply_symmetry, as_json, base_task, load_arc, random_colours
 from data.files import UserError, from_here, reason, run_script, write_json
+from data.flags import Parser, option
 from data.shards import bytes_per_token, load_tokenizer, read_meta, read_shard, shard_files
 
 HERE = Path(__file__).resolve().parent
@@ -83,8 +81,8 @@ def twin(module: str) -> Callable:
         @functools.wraps(plain)
         def call(*args, **kwargs):
             there = (HERE / "extras" / f"{module}.py").exists()
-            return (getattr(importlib.import_module(f"extras.{module}"), plain.__name__) if there else plain)(
-                *args, **kwargs)
+            chosen = getattr(importlib.import_module(f"extras.{module}"), plain.__name__) if there else plain
+            return chosen(*args, **kwargs)
 
         call.plain = plain
         return call
@@ -93,11 +91,6 @@ def twin(module: str) -> Callable:
 
 
 # == SIZES ============================================================================================================
-
-
-def option(default: Any, text: str, *choices: str) -> Any:
-    """A dataclass field with the help text, and perhaps the choices, of its command-line flag."""
-    return field(default=default, metadata={"help": text, "choices": choices or None})
 
 
 @dataclass
@@ -139,8 +132,7 @@ class Film(NamedTuple):
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, film: Film | None = None) -> Tensor:
     """x / rms(x) * weight over the last dimension, in float32 (Zhang & Sennrich 2019, equation 4).
 
-    x (B, T, D), weight (D,). With a gate (B, T, D), x * silu(gate) is normalized (Mamba-2's `norm_before_gate=False`).
-    With a film, the result is scaled by 1 + scale and shifted.
+    x (B, T, D), weight (D,). With a gate (B, T, D), x * silu(gate) is normalized; a film then scales and shifts.
     """
     h = x.float() if gate is None else x.float() * F.silu(gate.float())
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight
@@ -154,8 +146,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None 
     """silu(bias + sum over k of weight[:, k] * x[t - K + 1 + k]): depthwise, zero before the start.
 
     x (B, T, C), weight (C, K), bias (C,); seq_idx (B, T) or None: nothing comes from a position with another id.
-    Twin of `causal_conv1d_fn` with channels last. Written as shifted multiply-adds because on a CPU the backward of a
-    depthwise `conv1d` takes fifty times as long.
+    Shifted multiply-adds, because on a CPU the backward of a depthwise `conv1d` takes fifty times as long.
     """
     y = bias + x * weight[:, -1]
     for back in range(1, min(weight.shape[1], x.shape[1])):
@@ -245,27 +236,22 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 class Ops(NamedTuple):
     """The table of functions that a model computes with; `name` says what they are."""
 
-    name: str
-    rms_norm: Callable
-    causal_conv: Callable
-    ssd_scan: Callable
-    swiglu: Callable
-    rotary: Callable
-    attention: Callable
-    linear_cross_entropy: Callable
+    name: str = "plain PyTorch"
+    rms_norm: Callable = rms_norm
+    causal_conv: Callable = causal_conv
+    ssd_scan: Callable = ssd_scan
+    swiglu: Callable = swiglu
+    rotary: Callable = rotary
+    attention: Callable = attention
+    linear_cross_entropy: Callable = linear_cross_entropy
 
 
-PLAIN = Ops("plain PyTorch", rms_norm, causal_conv, ssd_scan, swiglu, rotary, attention, linear_cross_entropy)
+PLAIN = Ops()
 
 
 @twin("kernels")
 def pick_ops(device: torch.device, dtype: torch.dtype, asked: str) -> Ops:
-    """The table to compute with on `device` with matrix products in `dtype`, as --kernels asks for it.
-
-    UserError where "triton" is asked for and cannot be had.
-    """
-    if asked == "triton":
-        raise UserError("--kernels triton: the Triton kernels are in extras/, which is not there; use --kernels plain")
+    """The table to compute with on `device`, with matrix products in `dtype`; `asked` is --kernels."""
     return PLAIN
 
 
@@ -275,7 +261,7 @@ def pick_ops(device: torch.device, dtype: torch.dtype, asked: str) -> Ops:
 class RMSNorm(nn.Module):
     """Root mean square norm with a weight; see `rms_norm`."""
 
-    ops = PLAIN
+    ops = PLAIN  # here and below; see `GPT.use`
 
     def __init__(self, d: int, eps: float = 1e-5):
         super().__init__()
@@ -481,10 +467,8 @@ class GPT(nn.Module):
 
     def documents(self, tokens: Tensor) -> Tensor | None:
         """Ids (B, T) that ascend from 0 of the documents in each row, which must not see each other, or None."""
-        if self.config.document_token < 0:
-            return None
         opens = (tokens >= self.config.document_token).cumsum(1)
-        return opens - opens[:, :1]
+        return opens - opens[:, :1] if self.config.document_token >= 0 else None
 
     def inputs(self, tokens: Tensor, documents: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """What goes into the first block (B, T, D), and the angles of the rotary positions."""
@@ -517,10 +501,8 @@ class GPT(nn.Module):
         documents = self.documents(tokens)
         x, rope = self.inputs(tokens, documents)
         for block, films in zip(self.blocks, self.films(tokens, documents), strict=True):
-            if self.remat and self.training:
-                x = checkpoint(block, x, rope, documents, films, use_reentrant=False)
-            else:
-                x = block(x, rope, documents, films)
+            again = functools.partial(checkpoint, block, use_reentrant=False) if self.remat and self.training else block
+            x = again(x, rope, documents, films)
         return self.norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
@@ -565,11 +547,10 @@ def encode_grid(grid: Grid) -> np.ndarray:
     return cells.ravel()
 
 
-def encode_pairs(pairs: list[tuple[Grid, Grid | None]], task_token: int = UNKNOWN_TASK) -> tuple[np.ndarray, np.ndarray]:
+def encode_pairs(pairs: list[tuple[Grid, Grid | None]], task_token: int) -> tuple[np.ndarray, np.ndarray]:
     """A task as tokens (n,) int64, and which of them belong to an answer (n,) bool.
 
-    The task's token, then IN input OUT output END for each pair. A pair without output ends with its OUT: what stands
-    there then is a prompt, and what is to follow is the answer.
+    The task's token, then IN input OUT output END for each pair. A last pair without output makes it a prompt.
     """
     parts, answer = [[task_token]], [[False]]
     for grid_in, grid_out in pairs:
@@ -587,7 +568,7 @@ def pair_length(pair: Pair, turned: int = 0) -> int:
 
 
 def first_that_fits(lengths: list[int], room: int) -> int:
-    """Index of the first pair to show, so that the pairs from there on fit `room` tokens; the last is always shown."""
+    """Index of the first of the pairs to show, so that these fit `room` tokens; the last one is always shown."""
     first, total = len(lengths) - 1, lengths[-1]
     while first > 0 and total + lengths[first - 1] <= room:
         first -= 1
@@ -597,32 +578,14 @@ def first_that_fits(lengths: list[int], room: int) -> int:
 
 def decode_grid(tokens: Any) -> Grid | None:
     """The grid that an answer spells, up to its END; None where it is no grid of 1 to 30 rows and columns."""
-    tokens = [int(t) for t in tokens]
-    if END not in tokens:
+    tokens = np.asarray(tokens, dtype=np.int64)
+    if not (tokens == END).any() or not (tokens == ROW).any():
         return None
-    rows: list[list[int]] = [[]]
-    for t in tokens[: tokens.index(END)]:
-        if t == ROW:
-            rows.append([])
-        elif t < 10:
-            rows[-1].append(t)
-        else:
-            return None
-    if rows.pop() or not 1 <= len(rows) <= 30 or not 1 <= len(rows[0]) <= 30 or len({len(r) for r in rows}) > 1:
+    width, cells = int((tokens == ROW).argmax()), tokens[: (tokens == END).argmax()]
+    if not 1 <= width <= 30 or len(cells) % (width + 1) or not 1 <= len(cells) // (width + 1) <= 30:
         return None
-    return np.array(rows, dtype=np.uint8)
-
-
-def apply_symmetry(grid: Grid, symmetry: int) -> Grid:
-    """One of the 8 symmetries of the square: 0-3 quarter turns, 4-7 the same, then mirrored left to right."""
-    grid = np.rot90(grid, symmetry % 4)
-    return np.fliplr(grid) if symmetry >= 4 else grid
-
-
-def random_colours(rng: np.random.Generator) -> np.ndarray:
-    """A permutation of the ten colours that keeps black (0), as a table (10,): `colours[grid]` applies it."""
-    return np.append(0, 1 + rng.permutation(9)).astype(np.uint8)
-
+    rows = cells.reshape(-1, width + 1)
+    return rows[:, :-1].astype(np.uint8) if (rows[:, :-1] < 10).all() and (rows[:, -1] == ROW).all() else None
 
 
 # == DATA =============================================================================================================
@@ -639,11 +602,10 @@ class Loader:
     An effective batch is batch_size x grad_accum_steps x world_size rows; ranks and micro-batches are slices of it, so
     that neither their number nor their size changes what an optimizer step sees. `iter()` goes on where the loader
     stands and ends with the epoch; the next `iter()` starts the next one. A subclass has `batches()`, the effective
-    batches of the epoch as sequences of rows, `collate(rows)`, which makes (x, y), both (B, T) int64, of some of them,
-    and `fingerprint`, a name for its data: other data, other name.
+    batches of the epoch as sequences of rows, and `collate(rows)`, which makes (x, y), both (B, T) int64, of some.
     """
 
-    fingerprint = ""
+    fingerprint = ""  # of the data: other data, other name
 
     def __init__(self, batch_size: int, seed: int = 0, grad_accum_steps: int = 1, rank: int = 0, world_size: int = 1):
         self.batch_size, self.seed, self.accum = batch_size, seed, grad_accum_steps
@@ -676,11 +638,7 @@ class Loader:
         return {"epoch": self.epoch, "rows": rows, "effective": self.effective, "data": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`; ValueError where the data or the effective batch are others."""
-        if state["data"] != self.fingerprint:
-            raise ValueError("the tasks or shards are not those it was started with; name them with --data-dir")
-        if state["effective"] != self.effective:
-            raise ValueError(f"the run's effective batch is {state['effective']} sequences, not {self.effective}")
+        """Go on from `state_dict()`."""
         self.epoch, self.position = state["epoch"], state["rows"] // (self.batch_size * self.world)
 
 
@@ -691,7 +649,7 @@ class Plan(NamedTuple):
     pairs: list[int]  # which of its pairs, in this order
     symmetry: int
     colours: np.ndarray
-    token: int  # what names the task
+    token: int  # that names the task
     length: int  # of x, in tokens
 
 
@@ -701,16 +659,12 @@ class ArcDataLoader(Loader):
     Yields x, the flattened sequence, and y, the next token where it is supervised and IGNORE_INDEX elsewhere; rows are
     padded on the right, to the longest of the batch, with 0 in x and IGNORE_INDEX in y.
 
-    Training: one sequence per task and epoch (those that do not fill a last effective batch wait for the next epoch),
-    all its pairs in random order, every output supervised, under one of the 8 symmetries and one permutation of
-    colours. Rows of similar length share a batch: windows of `window` effective batches are sorted by length, and the
-    batches shuffled afterwards. Evaluation (train=False): tasks as they stand, in order, only the last output supervised.
-
-    `packed`: a row holds as many sequences, one after another, as block_size does, and all rows are block_size long. A
-    model whose `document_token` is UNKNOWN_TASK keeps them apart.
-
-    What is longer than block_size loses whole demonstrations (`dropped` counts them), never part of a grid; a task
-    of which not even one pair fits is left out (`too_long` names it).
+    Training: one sequence per task and epoch, all its pairs in random order, every output supervised, under one of the
+    8 symmetries and one permutation of colours. `window` effective batches at a time are sorted by length, so that rows
+    of similar length share a batch, and shuffled afterwards. Evaluation (train=False): tasks as they stand, in order,
+    only the last output supervised. `packed`: a row holds as many sequences, one after another, as block_size does; a
+    model whose `document_token` is UNKNOWN_TASK keeps them apart. What is longer than block_size loses whole
+    demonstrations (`dropped` counts them); a task of which not even one pair fits is left out (`too_long` names it).
     """
 
     window = 16
@@ -729,7 +683,6 @@ class ArcDataLoader(Loader):
             raise UserError(f"no task fits --block-size {block_size}; raise it, or lower --max-grid")
 
     def plan(self, task: int) -> Plan:
-        """How to show a task this epoch."""
         name, task_pairs = self.tasks[task]
         pairs, symmetry, colours = list(range(len(task_pairs))), 0, np.arange(10, dtype=np.uint8)
         token = self.task_tokens.get(base_task(name), UNKNOWN_TASK)
@@ -783,7 +736,6 @@ class ArcDataLoader(Loader):
         return tokens[:-1], np.where(answer[1:], tokens[1:], IGNORE_INDEX)
 
     def collate(self, rows: list[list[Plan]]) -> tuple[Tensor, Tensor]:
-        """x and y of some rows, padded."""
         used = [sum(plan.length for plan in row) for row in rows]
         x = np.zeros((len(rows), self.block_size if self.packed else max(used)), np.int64)
         y = np.full(x.shape, IGNORE_INDEX, np.int64)
@@ -799,8 +751,8 @@ class ArcDataLoader(Loader):
 class FineWebLoader(Loader):
     """Windows of block_size + 1 tokens out of shards: x (B, T) the first block_size, y (B, T) the last.
 
-    Training goes through the shards in random order and through the windows of each in random order; validation takes
-    the windows as they stand. `names` asks for just these files.
+    Training: shards in random order, windows of each in random order. Validation: as they stand. `names` asks for just
+    these files.
     """
 
     def __init__(self, folder: Path, split: str, batch_size: int, block_size: int, vocab_size: int = 65536,
@@ -830,7 +782,6 @@ class FineWebLoader(Loader):
         return order[: len(order) // self.effective * self.effective].reshape(-1, self.effective)
 
     def collate(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """x and y of some windows."""
         ends = np.cumsum(self.windows)
         out = np.empty((len(rows), self.block_size + 1), np.int64)
         for i, row in enumerate(rows):
@@ -1040,12 +991,13 @@ class Runtime:
 
     @staticmethod
     def start(cfg: TrainConfig, distributed: bool = True) -> Runtime:
-        """Pick device, precision and ops, and join the other processes of a `torchrun` unless `distributed` is False."""
+        """Pick device, precision and ops; join the other processes of a `torchrun`, if `distributed`."""
         found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         kind = next(k for k in found if found[k]) if cfg.device == "auto" else cfg.device
         if not found[kind]:
             raise UserError(f"--device {kind}: PyTorch {torch.__version__} sees none; use --device cpu")
-        rank, world, local = process_numbers() if distributed else (0, 1, 0)
+        world = max(1, int(os.environ.get("WORLD_SIZE") or 1)) if distributed else 1  # torchrun's variables
+        rank, local = (int(os.environ.get(name) or 0) * (world > 1) for name in ("RANK", "LOCAL_RANK"))
         device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
         bf16 = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if bf16 else torch.float32
@@ -1056,14 +1008,9 @@ class Runtime:
             torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=2))
         return Runtime(device, dtype, ops, rank, world)
 
-    @property
-    def main(self) -> bool:
-        """Whether this process speaks and writes for all."""
-        return self.rank == 0
-
     def say(self, text: str) -> None:
         """Print once, whatever the number of processes."""
-        if self.main:
+        if self.rank == 0:
             print(text, flush=True)
 
     def autocast(self) -> Any:
@@ -1087,19 +1034,13 @@ class Runtime:
 
 
 @twin("runs")
-def process_numbers() -> tuple[int, int, int]:
-    """Rank, number of processes, and rank on this machine, as torchrun names them in the environment."""
-    return tuple(int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-
-
-@twin("runs")
 def hold(folder: Path) -> Any:
     """Keep other processes out of a run folder for as long as the result lives. The plain version keeps nobody out."""
 
 
 @twin("runs")
 def watch_signals() -> Any:
-    """A context whose value says with `.up` that the run is to stop; `.at_once()` is a context in which it stops at once.
+    """A context with `.up`, whether the run is to stop, and `.at_once()`, a context in which a signal stops at once.
 
     In the plain version Ctrl-C ends the run as it ends any program; what was saved stays.
     """
@@ -1108,7 +1049,7 @@ def watch_signals() -> Any:
 
 @twin("runs")
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Plain tensors and containers, beside `path` first, so that the checkpoint before it stays until this one is whole."""
+    """Plain tensors and containers; written beside `path` first, so that the old one stays until this one is whole."""
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -1117,13 +1058,6 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The last checkpoint of a run, on the CPU."""
     return torch.load(path, map_location="cpu", weights_only=True)
-
-
-@twin("runs")
-def load_config(folder: Path) -> tuple[ModelConfig, TrainConfig]:
-    """The recorded settings of a run."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return ModelConfig(**config["model"]), TrainConfig(**config["train"])
 
 
 @twin("runs")
@@ -1136,15 +1070,11 @@ def open_log(folder: Path, step: int, config: dict[str, Any]) -> Callable:
     return lambda **values: print(json.dumps(values), file=file)
 
 
+@twin("runs")
 def new_run_folder(cfg: TrainConfig) -> Path:
-    """The run folder of a fresh run: the one named, if it holds no run yet, else the first free name under runs/."""
-    if cfg.out_dir:
-        folder = Path(cfg.out_dir)
-        if (folder / "checkpoint.pt").exists():
-            raise UserError(f"--out-dir {folder} holds a run; add --resume to continue it, or name another folder")
-        return folder
-    names = (f"runs/{cfg.dataset}" + (f"-{n}" if n > 1 else "") for n in range(1, 1_000_000))
-    return next(Path(name) for name in names if not Path(name).exists())
+    """The folder of a fresh run: the one named, or the first free name under runs/."""
+    names = (f"runs/{cfg.dataset}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+    return Path(cfg.out_dir) if cfg.out_dir else next(Path(name) for name in names if not Path(name).exists())
 
 
 @dataclass
@@ -1152,7 +1082,7 @@ class Data:
     """What a run reads: training and validation batches and, for ARC, the questions that the solve rate counts."""
 
     train: Loader
-    val: Loader | None = None
+    val: Loader | None
     task_tokens: dict[str, int] = field(default_factory=dict)  # the token that names each task
     questions: list[Task] = field(default_factory=list)
     answers: list[Grid] = field(default_factory=list)
@@ -1164,34 +1094,23 @@ class Data:
 def open_arc(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: dict[str, int]) -> Data:
     """ARC loaders; writes the official tasks to arc_data/ the first time. Sets the number of task tokens."""
     folder = Path(cfg.data_dir) if cfg.data_dir else HERE / "arc_data" / "arcagi"
-    if not cfg.data_dir and not folder.is_dir() and runtime.main:
+    if not cfg.data_dir and not folder.is_dir() and runtime.rank == 0:
         from arc_data.prepare import prepare
 
         prepare("arcagi")
     runtime.all_max(0)  # the other ranks wait for the files
     arc = load_arc(folder, cfg.holdout, cfg.max_grid, cfg.demonstrations)
-    names = sorted({base_task(t.name) for t in arc.tasks})
-    model_cfg.n_tasks, model_cfg.document_token = len(names), UNKNOWN_TASK if cfg.packed else -1
-    tokens = {name: UNKNOWN_TASK + 1 + i for i, name in enumerate(names)}
+    tokens = {name: UNKNOWN_TASK + 1 + i for i, name in enumerate(sorted({base_task(t.name) for t in arc.tasks}))}
+    model_cfg.n_tasks, model_cfg.document_token = len(tokens), UNKNOWN_TASK if cfg.packed else -1
     kind = dict(task_tokens=tokens, packed=cfg.packed)
-    train = ArcDataLoader(arc.tasks, cfg.batch_size, model_cfg.block_size, **kind, **order)
-    data = Data(train, task_tokens=tokens)
-    data.pairs = sorted({canonical_hash(p) for t in data.train.tasks for p in t.pairs})
-    unseen = [(q, answer) for q, answer in zip(arc.questions, arc.answers, strict=True)
-              if canonical_hash((q.pairs[-1][0], answer)) not in data.pairs]  # what was shown proves nothing
-    if unseen:
-        data.questions, data.answers = map(list, zip(*unseen, strict=True))
-        answered = [Task(q.name, [*q.pairs[:-1], (q.pairs[-1][0], answer)]) for q, answer in unseen]
+    data = Data(ArcDataLoader(arc.tasks, cfg.batch_size, model_cfg.block_size, **kind, **order), None, tokens,
+                arc.questions, arc.answers, arc.pairs)
+    if arc.questions:
+        answered = [Task(q.name, [*q.pairs[:-1], (q.pairs[-1][0], a)])
+                    for q, a in zip(arc.questions, arc.answers, strict=True)]
         data.val = ArcDataLoader(answered, cfg.batch_size, model_cfg.block_size, train=False, **kind)
-    runtime.say(f"data        {from_here(folder)}: {len(data.train.tasks)} tasks, "
-                f"{sum(len(t.pairs) for t in data.train.tasks)} pairs to learn from; {len(data.answers)} outputs of "
-                f"{len({q.name for q in data.questions})} held-out training tasks to measure on\n"
-                f"            left out: {arc.too_large} tasks with grids over {cfg.max_grid} x "
-                f"{cfg.max_grid}, {len(data.train.too_long)} longer than {model_cfg.block_size} tokens, "
-                f"{len(arc.answers) - len(unseen)} held-out outputs that equal a pair to learn from")
-    learns = {"both": "training tasks, and the demonstrations of held-out and evaluation tasks, whose answers only "
-              "the scorer sees", "training": "training tasks only"}
-    runtime.say(f"            --demonstrations {cfg.demonstrations}: learns from {learns[cfg.demonstrations]}")
+    runtime.say(f"data        {from_here(folder)}: {arc.report}, {len(data.train.too_long)} tasks longer than "
+                f"{model_cfg.block_size} tokens")
     return data
 
 
@@ -1225,12 +1144,12 @@ def open_data(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, names:
     return open_text(model_cfg, cfg, runtime, order, names)
 
 
-# == EVALUATE =========================================================================================================
+# == STEP =============================================================================================================
 
 
 @twin("memory")
 def mean_loss(network: nn.Module, batches: list[tuple[Tensor, Tensor]], runtime: Runtime, learn: bool = True) -> Tensor:
-    """The mean loss over all supervised tokens of an effective batch, whatever its slices; with its gradients if `learn`.
+    """The mean loss over all supervised tokens of an effective batch, whatever its slices; its gradients if `learn`.
 
     Each micro-batch weighs as much as it has supervised tokens; ranks exchange gradients on the last one only.
     """
@@ -1249,6 +1168,33 @@ def mean_loss(network: nn.Module, batches: list[tuple[Tensor, Tensor]], runtime:
     if runtime.world > 1:
         torch.distributed.all_reduce(mean)
     return mean
+
+
+def optimizer_step(network: nn.Module, optimizers: Optimizers, batches: list[tuple[Tensor, Tensor]], lr: float,
+                   cfg: TrainConfig, runtime: Runtime) -> tuple[float, float]:
+    """One step on an effective batch: its loss and gradient norm. Where either is not finite, no weight is changed."""
+    loss = mean_loss(network, batches, runtime)
+    norm = nn.utils.clip_grad_norm_(network.parameters(), cfg.grad_clip or math.inf)
+    loss, norm = loss.item(), norm.item()
+    if math.isfinite(loss + norm):
+        optimizers.step(lr)
+    network.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+def next_batches(loader: Loader, iterator: Any) -> tuple[list[tuple[Tensor, Tensor]], Any]:
+    """The micro-batches of one optimizer step, and the iterator to go on with: a new one where an epoch ended."""
+    batches: list[tuple[Tensor, Tensor]] = []
+    while len(batches) < loader.accum:
+        try:
+            batches.append(next(iterator))
+        except StopIteration:
+            iterator = iter(loader)
+    return batches, iterator
+
+
+# == EVALUATE =========================================================================================================
+
 
 def validation_loss(model: GPT, loader: Loader, runtime: Runtime, batches: int = 1_000_000) -> float:
     """Mean cross-entropy in nats over the supervised tokens of the loader's first batches, on this rank alone."""
@@ -1269,21 +1215,14 @@ def answer_prompts(model: GPT, prompts: list[np.ndarray], runtime: Runtime, max_
                    batch_tokens: int) -> list[tuple[Grid | None, float]]:
     """Greedy answers to prompts, None where the model writes no grid, and their summed log-probabilities.
 
-    Prompts of similar length go together, as many as fit `batch_tokens` with what may be written behind them.
+    One at a time here; a twin may work on as many as fit `batch_tokens` with their answers.
     """
-    answers: list[tuple[Grid | None, float]] = [(None, -math.inf)] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    while order:
-        n = 1
-        while n < len(order) and (n + 1) * (len(prompts[order[n]]) + max_new_tokens) <= batch_tokens:
-            n += 1
-        batch, order = order[:n], order[n:]
-        lengths = torch.tensor([len(prompts[i]) for i in batch])
-        tokens = nn.utils.rnn.pad_sequence([torch.from_numpy(prompts[i]) for i in batch], batch_first=True)
+    answers = []
+    for prompt in prompts:
+        tokens = torch.from_numpy(prompt)[None].to(runtime.device)
         with runtime.autocast():
-            new, logp = generate(model, tokens.to(runtime.device), lengths.to(runtime.device), max_new_tokens, END)
-        for i, row, value in zip(batch, new.tolist(), logp.tolist(), strict=True):
-            answers[i] = decode_grid(row), value
+            new, logp = generate(model, tokens, torch.full_like(tokens[:, 0], len(prompt)), max_new_tokens, END)
+        answers.append((decode_grid(new[0].tolist()), logp.item()))
     return answers
 
 
@@ -1303,14 +1242,13 @@ def continue_text(model: GPT, data: Data, runtime: Runtime) -> str:
     prompt, generator = max(data.val.shards, key=len)[:24].astype(np.int64), torch.Generator().manual_seed(0)
 
     def choose(logp: Tensor) -> Tensor:
-        logp = logp.nan_to_num(neginf=-1e9)  # of a model that went astray
-        p = (logp[:, : data.tokenizer.n_vocab].cpu() / 0.8).softmax(-1)
+        p = (logp[:, : data.tokenizer.n_vocab].cpu().nan_to_num(neginf=-1e9) / 0.8).softmax(-1)
         return torch.multinomial(p, 1, generator=generator)[:, 0].to(logp.device)
 
     tokens = torch.from_numpy(prompt)[None].to(runtime.device)
     with runtime.autocast():
         new, _ = generate(model, tokens, torch.full_like(tokens[:, 0], len(prompt)), 48, choose=choose)
-    return " | ".join(data.tokenizer.decode(tokens) for tokens in (prompt.tolist(), new[0].tolist()))
+    return " | ".join(data.tokenizer.decode(part.tolist()) for part in (prompt, new[0]))
 
 
 def answer_questions(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder: Path) -> dict[str, float]:
@@ -1319,13 +1257,10 @@ def answer_questions(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime,
     longest = cfg.max_grid * (cfg.max_grid + 1) + 1
     batch_tokens = math.ceil(cfg.batch_size / runtime.pieces) * (model.config.block_size + longest)
     predicted = [grid for grid, _ in answer_prompts(model, prompts, runtime, longest, batch_tokens)]
-    shown: list[dict] = []
-    for task, p, a in zip(data.questions, predicted, data.answers, strict=True):
-        shown.append({
-            "task": task.name, "test": sum(s["task"] == task.name for s in shown),
-            "demonstrations": [{"input": i.tolist(), "output": o.tolist()} for i, o in task.pairs[:-1]],
-            "input": task.pairs[-1][0].tolist(), "prediction": p if p is None else p.tolist(), "truth": a.tolist(),
-        })
+    names = [task.name for task in data.questions]
+    shown = [as_json(q) | {"test": names[:i].count(q.name), "prediction": p if p is None else p.tolist(),
+                           "truth": a.tolist()}
+             for i, (q, p, a) in enumerate(zip(data.questions, predicted, data.answers, strict=True))]
     write_json(folder / "predictions.json", shown)
     return score_answers(predicted, data.answers)
 
@@ -1362,30 +1297,7 @@ def build_model(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime) -> G
 
 @twin("memory")
 def fit_to_memory(model: GPT, optimizers: Optimizers, cfg: TrainConfig, runtime: Runtime) -> None:
-    """Before the clock starts, cut micro-batches until a step fits the memory. The plain version trusts --batch-size."""
-
-
-def optimizer_step(network: nn.Module, optimizers: Optimizers, batches: list[tuple[Tensor, Tensor]], lr: float,
-                   cfg: TrainConfig, runtime: Runtime) -> tuple[float, float]:
-    """One step on an effective batch: its loss and gradient norm. Where either is not finite, no weight is changed."""
-    loss = mean_loss(network, batches, runtime)
-    norm = nn.utils.clip_grad_norm_(network.parameters(), cfg.grad_clip or math.inf)
-    loss, norm = loss.item(), norm.item()
-    if math.isfinite(loss + norm):
-        optimizers.step(lr)
-    network.zero_grad(set_to_none=True)
-    return loss, norm
-
-
-def next_batches(loader: Loader, iterator: Any) -> tuple[list[tuple[Tensor, Tensor]], Any]:
-    """The micro-batches of one optimizer step, and the iterator to go on with: a new one where an epoch ended."""
-    batches: list[tuple[Tensor, Tensor]] = []
-    while len(batches) < loader.accum:
-        try:
-            batches.append(next(iterator))
-        except StopIteration:
-            iterator = iter(loader)
-    return batches, iterator
+    """Cut micro-batches until a step fits the memory, before the clock starts. Here --batch-size is trusted."""
 
 
 def snapshot(model: GPT, optimizers: Optimizers, loader: Loader, step: int, minutes: float, skipped: int,
@@ -1395,36 +1307,20 @@ def snapshot(model: GPT, optimizers: Optimizers, loader: Loader, step: int, minu
     return {
         "model": model.state_dict(), "optimizer": optimizers.state_dict(), "loader": loader.state_dict(),
         "step": step, "minutes": minutes, "skipped": skipped, "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
-        "config": {"model": dataclasses.asdict(model.config), "train": dataclasses.asdict(cfg)},
+        "config": {"model": asdict(model.config), "train": asdict(cfg)},
     }
 
 
+@twin("runs")
 def restore(state: dict, folder: Path, model: GPT, optimizers: Optimizers, loader: Loader) -> tuple[int, float, int]:
-    """Undo `snapshot`: step, minutes spent and steps skipped. UserError where the checkpoint does not fit."""
-    try:
-        model.load_state_dict(state["model"])
-        optimizers.load_state_dict(state["optimizer"])
-        loader.load_state_dict(state["loader"])
-        torch.set_rng_state(state["rng"]["torch"])
-        if torch.cuda.is_initialized() and state["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["rng"]["cuda"])
-        return int(state["step"]), float(state["minutes"]), int(state["skipped"])
-    except Exception as error:  # what is whole, but not ours, fails in many ways
-        raise UserError(f"{folder / 'checkpoint.pt'}: does not fit the run's settings and data "
-                        f"({reason(error)})") from None
-
-
-def open_run(folder: Path, model_cfg: ModelConfig, cfg: TrainConfig, data: Data, step: int) -> Callable:
-    """Write the run's settings into its folder, and open its log for what comes after `step`."""
-    config = {"model": dataclasses.asdict(model_cfg), "train": dataclasses.asdict(cfg), "tasks": list(data.task_tokens)}
-    write_json(folder / "config.json", config)
-    write_json(folder / "supervised_pairs.json", data.pairs)
-    return open_log(folder, step, config)
-
-
-def run_progress(cfg: TrainConfig, step: int, minutes: float) -> float:
-    """Share of the run that is over, 0 to 1 and beyond: of its steps or its minutes, whichever is further along."""
-    return max(step / (cfg.max_steps or math.inf), minutes / (cfg.max_minutes or math.inf))
+    """Undo `snapshot`: step, minutes spent and steps skipped."""
+    model.load_state_dict(state["model"])
+    optimizers.load_state_dict(state["optimizer"])
+    loader.load_state_dict(state["loader"])
+    torch.set_rng_state(state["rng"]["torch"])
+    if torch.cuda.is_initialized() and state["rng"]["cuda"] is not None:
+        torch.cuda.set_rng_state(state["rng"]["cuda"])
+    return int(state["step"]), float(state["minutes"]), int(state["skipped"])
 
 
 def due(step: int, every: int) -> bool:
@@ -1435,7 +1331,7 @@ def due(step: int, every: int) -> bool:
 def finish(folder: Path, data: Data, found: dict[str, Any], step: int, minutes: float, skipped: int) -> None:
     """The summary, which `grep` finds, and the pictures."""
     print("---")
-    for name, value in ({"steps": step, "minutes": minutes} | ({"skipped": skipped} if skipped else {}) | found).items():
+    for name, value in {"steps": step, "minutes": minutes, "skipped": skipped, **found}.items():
         print(f"{name + ':':<18}{value:.4f}" if isinstance(value, float) else f"{name + ':':<18}{value!r}")
     if "solve_rate" in found:
         solved = round(found["solve_rate"] * len(data.answers))
@@ -1457,7 +1353,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
 
     runtime = Runtime.start(cfg)
     runtime.say(f"run         {folder}\ndevice      {runtime.describe()}")
-    lock = hold(folder) if resume and runtime.main else None  # before anybody else can change the checkpoint
+    lock = hold(folder) if resume and runtime.rank == 0 else None  # before anybody else can change the checkpoint
     state = load_checkpoint(folder / "checkpoint.pt") if resume else None
     data = open_data(model_cfg, cfg, runtime, state["loader"].get("files") if state else None)
     model = build_model(model_cfg, cfg, runtime)
@@ -1470,25 +1366,28 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
     if runtime.rank:  # dropout differs between ranks
         torch.manual_seed(hash((cfg.seed, runtime.rank, step)))
     network = nn.parallel.DistributedDataParallel(model) if runtime.world > 1 else model
-    if runtime.main:
+    if runtime.rank == 0:
         folder.mkdir(parents=True, exist_ok=bool(cfg.out_dir))  # a free name may be taken by now
         lock = lock or hold(folder)
-        log = open_run(folder, model_cfg, cfg, data, step)
+        config = {"model": asdict(model_cfg), "train": asdict(cfg), "tasks": list(data.task_tokens)}
+        write_json(folder / "config.json", config)
+        write_json(folder / "supervised_pairs.json", data.pairs)
+        log = open_log(folder, step, config)
 
     iterator, began, found, bad, stopping = iter(data.train), time.monotonic(), {}, 0, False
-    bar = tqdm(total=1.0, disable=not runtime.main, miniters=0, mininterval=1 if sys.stderr.isatty() else 30,
+    bar = tqdm(total=1.0, disable=not runtime.rank == 0, miniters=0, mininterval=1 if sys.stderr.isatty() else 30,
                bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}")
     with bar, watch_signals() as stop:
         while True:
             minutes, stopping = runtime.all_max(before + (time.monotonic() - began) / 60, stop.up)
-            progress = run_progress(cfg, step, minutes)
+            progress = max(step / (cfg.max_steps or math.inf), minutes / (cfg.max_minutes or math.inf))
             done = progress >= 1
             evaluates = not stopping and (done or due(step, cfg.eval_every))
 
             # once in a while save: before every evaluation, which may take long, and at the end
             late = 0 < cfg.save_minutes <= minutes - saved_at
             if (done or stopping or evaluates or late or step == 0 or due(step, cfg.save_every)) and step != saved:
-                if runtime.main:
+                if runtime.rank == 0:
                     save_checkpoint(folder / "checkpoint.pt",
                                     snapshot(model, optimizers, data.train, step, minutes, skipped, cfg))
                 saved, saved_at = step, minutes
@@ -1497,7 +1396,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
 
             # once in a while evaluate: the validation loss, and a few tasks answered
             if evaluates:
-                if runtime.main:
+                if runtime.rank == 0:
                     with stop.at_once():
                         found = evaluate(model, data, cfg, runtime, folder)
                         log(step=step, minutes=minutes, **found)
@@ -1517,21 +1416,21 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
             step += 1
             bad = 0 if math.isfinite(loss + norm) else bad + 1
             skipped += bad > 0
-            if runtime.main:
+            if runtime.rank == 0:
                 tokens, padding = data.train.tokens - tokens, data.train.padding - padding
                 speed = (tokens - padding) * runtime.world / (time.monotonic() - start)
-                log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=speed,
-                          padding=padding / tokens, epoch=data.train.epoch, minutes=minutes,
-                          **({"skipped": skipped} if bad else {}))
+                log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=speed, padding=padding / tokens,
+                    epoch=data.train.epoch, minutes=minutes, skipped=skipped)
                 bar.set_postfix_str(f"step {step}, loss {loss:.3f}, {speed:,.0f} tokens/s, "
                                     f"padding {data.train.padding / data.train.tokens:.0%}", refresh=False)
                 bar.update(progress - bar.n)
             if bad == MAX_BAD_STEPS:
                 raise UserError(f"step {step}: loss or gradient were not finite {bad} times in a row; {folder} holds "
                                 f"step {saved}; start again with a lower --max-lr, or resume from there")
-    if runtime.main and stopping:
-        print(f"stopped at step {step} and saved; to go on: python train.py --resume --out-dir {shlex.quote(str(folder))}")
-    elif runtime.main:
+    if runtime.rank == 0 and stopping:
+        where = shlex.quote(str(folder))
+        print(f"stopped at step {step} and saved; to go on: python train.py --resume --out-dir {where}")
+    elif runtime.rank == 0:
         finish(folder, data, found, step, minutes, skipped)
     if runtime.world > 1:  # leave together, and before the interpreter takes the gradient buckets apart
         runtime.all_max(0)
@@ -1541,15 +1440,6 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
 
 
 # == CLI ==============================================================================================================
-
-RESUMABLE = ("max_steps", "max_minutes", "eval_every", "save_every", "save_minutes", "batch_size", "grad_accum_steps",
-             "data_dir", "device", "dtype", "kernels", "remat", "wandb")  # may change
-
-
-def flag(name: str) -> str:
-    """The command-line flag of a field."""
-    return "--" + name.replace("_", "-")
-
 
 @twin("runs")
 def config_problems(model_cfg: ModelConfig, cfg: TrainConfig) -> list[str]:
@@ -1573,55 +1463,20 @@ def make_config(given: dict[str, Any], has_gpu: bool) -> tuple[ModelConfig, Trai
     return model_cfg, cfg
 
 
+@twin("runs")
 def resume_config(given: dict[str, Any]) -> tuple[ModelConfig, TrainConfig]:
-    """A run's recorded settings, with what a resume may change replaced by the flags given."""
-    if not given.get("out_dir"):
-        raise UserError("--resume needs --out-dir, the folder of the run to go on with")
-    model_cfg, cfg = load_config(Path(given["out_dir"]))
-    cfg.out_dir = given.pop("out_dir")
-    for one, other in (("max_steps", "max_minutes"), ("max_minutes", "max_steps")):
-        if given.get(one) and other not in given:
-            setattr(cfg, other, type(getattr(cfg, other))(0))  # the budget given is the one that counts
-    found = []
-    for name, value in given.items():
-        recorded = getattr(cfg, name) if hasattr(cfg, name) else getattr(model_cfg, name)
-        if name in RESUMABLE:
-            setattr(cfg, name, value)
-        elif value != recorded:
-            found.append(f"{flag(name)} {value} cannot change on a resume; the run was started with {recorded}")
-    if found := found + config_problems(model_cfg, cfg):
-        raise UserError("\n".join(found))
-    return model_cfg, cfg
+    """A run's recorded settings, but for the flags given."""
+    config = json.loads((Path(given["out_dir"]) / "config.json").read_text(encoding="utf-8"))
+    return ModelConfig(**config["model"]), TrainConfig(**config["train"] | given)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message} (see python {self.prog} --help)\n")
-
-
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Flags from the fields of TrainConfig and ModelConfig; only flags that were given end up in the namespace."""
-    parser = Parser(
-        prog="train.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        description="Train a hybrid Mamba-2 / attention GPT from scratch on ARC tasks or FineWeb-Edu token shards.",
-    )
-    by_preset = {name for presets in PRESETS.values() for values in presets.values() for name in values}
-    for cls, title in ((TrainConfig, "run"), (ModelConfig, "model (default: the preset's)")):
-        group = parser.add_argument_group(title)
-        for f in dataclasses.fields(cls):
-            if "help" not in f.metadata:
-                continue
-            text, choices, kind = f.metadata["help"].replace("%", "%%"), f.metadata["choices"], type(f.default)
-            if "(default" not in text and cls is TrainConfig:
-                text += f" (default: {f.default}{', or that of the preset' if f.name in by_preset else ''})"
-            if kind is bool:
-                group.add_argument(flag(f.name), action="store_true", help=text)
-            else:
-                metavar = f"{{{','.join(choices)}}}" if choices else {int: "N", float: "X", str: "TEXT"}[kind]
-                read = (lambda path: str(Path(path).expanduser())) if f.name.endswith("_dir") else kind
-                group.add_argument(flag(f.name), type=read, metavar=metavar, help=text)
+    parser = Parser("train.py", "Train a hybrid Mamba-2 / attention GPT from scratch on ARC tasks or FineWeb-Edu token "
+                    "shards.", argument_default=argparse.SUPPRESS)
+    varied = {name for presets in PRESETS.values() for values in presets.values() for name in values}
+    parser.add_fields(TrainConfig, "run", varied)
+    parser.add_fields(ModelConfig, "model (default: the preset's)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out-dir, with its recorded "
                         "settings; --max-steps or --max-minutes given again extends it; data, device, precision and "
                         "intervals may change too")

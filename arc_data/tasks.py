@@ -157,12 +157,22 @@ def read_tasks(path: Path | str, split: str | None = None) -> dict[str, TaskPair
 # == WHAT A RUN MAY LEARN FROM ========================================================================================
 
 
+def apply_symmetry(grid: Grid, symmetry: int) -> Grid:
+    """One of the 8 symmetries of the square: 0-3 quarter turns, 4-7 the same, then mirrored left to right."""
+    grid = np.rot90(grid, symmetry % 4)
+    return np.fliplr(grid) if symmetry >= 4 else grid
+
+
+def random_colours(rng: np.random.Generator) -> np.ndarray:
+    """A permutation of the ten colours that keeps black (0), as a table (10,): `colours[grid]` applies it."""
+    return np.append(0, 1 + rng.permutation(9)).astype(np.uint8)
+
+
 def canonical_hash(pair: Pair) -> str:
     """A name for a pair that is the same for all its symmetries and colourings (16 hexadecimal digits)."""
     forms = []
     for symmetry in range(8):
-        turned = [np.rot90(g, symmetry % 4) for g in pair]
-        grids = [np.fliplr(g) if symmetry >= 4 else g for g in turned]
+        grids = [apply_symmetry(g, symmetry) for g in pair]
         cells = np.concatenate([g.ravel() for g in grids])
         values, first, inverse = np.unique(cells, return_index=True, return_inverse=True)
         rank = np.empty(len(values), np.uint8)
@@ -171,20 +181,29 @@ def canonical_hash(pair: Pair) -> str:
     return hashlib.sha256(min(forms)).hexdigest()[:16]
 
 
+def as_json(question: Task) -> dict[str, Any]:
+    """A question as predictions.json and the report show it."""
+    *shown, (query, _) = question.pairs
+    return {"task": question.name, "input": query.tolist(),
+            "demonstrations": [{"input": i.tolist(), "output": o.tolist()} for i, o in shown]}
+
+
 class ArcData(NamedTuple):
     """What a run may learn from, and what it is asked while it trains. Answers go to the scorer and nowhere else."""
 
     tasks: list[Task]  # every output is supervised
     questions: list[Task]  # held-out training tasks, one for each test input
     answers: list[Grid]
-    too_large: int  # tasks left out because of their grids
+    pairs: list[str]  # canonical hashes of all pairs of `tasks`
+    report: str  # all that in words
 
 
 def load_arc(folder: Path | str, holdout: int, max_grid: int, demonstrations: str) -> ArcData:
     """Read tasks, hold some training tasks out (by a hash of their names), and drop evaluation answers on sight.
 
     Tasks with a grid over max_grid x max_grid are left out. demonstrations is "training", or "both" to learn from the
-    demonstrations of held-out and evaluation tasks too.
+    demonstrations of held-out and evaluation tasks too. A held-out output that equals a pair to learn from, up to
+    symmetry and colours, is not asked: it would prove nothing.
     """
     training = {name: t for name, t in read_split(folder, "training").items() if name not in SHARE_EVALUATION_PAIRS}
     small = {name: t for name, t in training.items() if Task(name, t["train"] + t["test"]).largest() <= max_grid}
@@ -193,19 +212,22 @@ def load_arc(folder: Path | str, holdout: int, max_grid: int, demonstrations: st
     held = set(by_hash[: min(holdout, len(by_hash) // 4)])
     tasks = [Task(name, [p for p in t["train"] + t["test"] if p[1] is not None])
              for name, t in small.items() if base_task(name) not in held]
-    questions, answers = [], []
-    for name in sorted(held):
-        for query, answer in small[name]["test"]:
-            if answer is not None:
-                questions.append(Task(name, [*small[name]["train"], (query, None)]))
-                answers.append(answer)
-    too_large = len(training) - len(small)
+    too_large, learned = len(training) - len(small), "training tasks"
     if demonstrations == "both":
         tasks += [Task(name, small[name]["train"]) for name in held]
         evaluation = [Task(name, t["train"]) for name, t in read_split(folder, "evaluation").items()]
         tasks += [task for task in evaluation if task.largest() <= max_grid]
         too_large += sum(task.largest() > max_grid for task in evaluation)
+        learned += " and the demonstrations, never the answers, of held-out and evaluation tasks"
     tasks.sort(key=lambda task: task.name)
     if not tasks:
         raise UserError(f"{folder}: no task has grids of at most {max_grid} x {max_grid}; raise --max-grid")
-    return ArcData(tasks, questions, answers, too_large)
+    pairs = sorted({canonical_hash(p) for t in tasks for p in t.pairs})
+    asked = [(Task(name, [*small[name]["train"], (query, None)]), answer) for name in sorted(held)
+             for query, answer in small[name]["test"] if answer is not None]
+    unseen = [(q, answer) for q, answer in asked if canonical_hash((q.pairs[-1][0], answer)) not in pairs]
+    report = (f"{len(tasks)} tasks, {sum(len(t.pairs) for t in tasks)} pairs to learn from: {learned}\n"
+              f"            {len(unseen)} outputs of {len({q.name for q, _ in unseen})} held-out training tasks to "
+              f"measure on\n            left out: {too_large} tasks with grids over {max_grid} x {max_grid}, "
+              f"{len(asked) - len(unseen)} held-out outputs that equal a pair to learn from")
+    return ArcData(tasks, [q for q, _ in unseen], [answer for _, answer in unseen], pairs, report)

@@ -84,8 +84,8 @@ def npy_header(file: Any) -> tuple[int, int]:
     if version not in read:
         raise ValueError(f"is of version {version} of numpy's format")
     shape, _, dtype = read[version](file)
-    if dtype != np.dtype("<u2") or len(shape) != 1:
-        raise ValueError(f"holds {dtype} of {len(shape)} dimensions, not one row of uint16")
+    if dtype != np.dtype("<u2") or len(shape) != 1 or shape[0] < 0:
+        raise ValueError(f"holds {dtype} of shape {shape}, not one row of uint16")
     return file.tell(), shape[0]
 
 
@@ -206,6 +206,6 @@ def reachable(url: str) -> bool:
 
 
 def bytes_per_token(tokenizer: Any, tokens: np.ndarray) -> float:
-    """Bytes of text that one of these tokens stands for on average; end-of-text, the last in the vocabulary, is none."""
+    """Bytes of text that one of these tokens stands for on average; end-of-text, the last token, stands for none."""
     lengths = [len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab - 1)]
     return max(float(np.array([*lengths, *[0] * (65536 - len(lengths))])[tokens].mean()), 1e-9)

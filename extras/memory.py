@@ -75,8 +75,8 @@ def on_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any
 
 
 def split_batches(batches: list[Batch], pieces: int, trim: bool) -> list[Batch]:
-    """Each micro-batch cut into so many of fewer rows. With `trim`, rows of similar length go together, and a piece ends
-    with its last supervised token, because what comes behind that changes no loss."""
+    """Each micro-batch cut into so many of fewer rows. With `trim`, rows of similar length go together, and a piece
+    ends with its last supervised token, because what comes behind that changes no loss."""
     found = []
     for x, y in batches:
         if trim:

@@ -19,11 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import train
 from data.files import UserError, read_bytes, read_json, read_text, reason, replacing
-from train import GPT, PRESETS, ModelConfig, TrainConfig, flag
+from data.flags import flag
+from train import GPT, PRESETS, Loader, ModelConfig, Optimizers, TrainConfig
 
 RETIRED = {"train": {"compile": False, "ema": 0.0, "save_failure": "stop"}, "model": {"ngroups": 1}}  # their defaults
 RENAMED = {"kernels": {"torch": "auto"}}  # values that settings of earlier versions had
+RESUMABLE = ("max_steps", "max_minutes", "eval_every", "save_every", "save_minutes", "batch_size", "grad_accum_steps",
+             "data_dir", "device", "dtype", "kernels", "remat", "wandb")  # may change on a resume
 SHARES = ("warmup_frac", "decay_frac", "dropout")
 SIZES = ("batch_size", "grad_accum_steps", "max_grid", "vocab_size", "block_size", "d_model", "n_head", "d_state",
          "headdim", "d_ff", "chunk_size", "d_conv", "expand")  # must be at least 1
@@ -33,7 +37,12 @@ SIZES = ("batch_size", "grad_accum_steps", "max_grid", "vocab_size", "block_size
 
 
 def config_problems(model_cfg: ModelConfig, cfg: TrainConfig) -> list[str]:
-    """Everything that is wrong with these settings, in the words of the flags."""
+    """Everything that is wrong with these settings, in the words of the flags, and with the environment."""
+    return setting_problems(model_cfg, cfg) + process_problems()
+
+
+def setting_problems(model_cfg: ModelConfig, cfg: TrainConfig) -> list[str]:
+    """Everything that is wrong with these settings."""
     found = []
     for part in (cfg, model_cfg):
         for f in dataclasses.fields(part):
@@ -78,11 +87,40 @@ def load_config(folder: Path) -> tuple[ModelConfig, TrainConfig]:
     try:
         found = tuple(settings(cls, config[part], RETIRED[part])
                       for cls, part in ((ModelConfig, "model"), (TrainConfig, "train")))
-        if wrong := config_problems(*found):
+        if wrong := setting_problems(*found):
             raise ValueError(wrong[0])
         return found
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the settings of a run ({reason(error)})") from None
+
+
+def resume_config(given: dict[str, Any]) -> tuple[ModelConfig, TrainConfig]:
+    """A run's recorded settings, with what a resume may change replaced by the flags given."""
+    if not given.get("out_dir"):
+        raise UserError("--resume needs --out-dir, the folder of the run to go on with")
+    model_cfg, cfg = load_config(Path(given["out_dir"]))
+    cfg.out_dir = given["out_dir"]
+    for one, other in (("max_steps", "max_minutes"), ("max_minutes", "max_steps")):
+        if given.get(one) and other not in given:
+            setattr(cfg, other, type(getattr(cfg, other))(0))  # the budget given is the one that counts
+    found = []
+    for name, value in given.items():
+        recorded = getattr(cfg, name) if hasattr(cfg, name) else getattr(model_cfg, name)
+        if name in RESUMABLE:
+            setattr(cfg, name, value)
+        elif value != recorded:
+            found.append(f"{flag(name)} {value} cannot change on a resume; the run was started with {recorded}")
+    if found := found + config_problems(model_cfg, cfg):
+        raise UserError("\n".join(found))
+    return model_cfg, cfg
+
+
+def new_run_folder(cfg: TrainConfig) -> Path:
+    """The folder of a fresh run; UserError if the one named holds a run."""
+    folder = train.new_run_folder.plain(cfg)
+    if (folder / "checkpoint.pt").exists():
+        raise UserError(f"--out-dir {folder} holds a run; add --resume to continue it, or name another folder")
+    return folder
 
 
 def settings(cls: type, values: dict[str, Any], retired: dict[str, Any]) -> Any:
@@ -99,21 +137,18 @@ def settings(cls: type, values: dict[str, Any], retired: dict[str, Any]) -> Any:
     return found
 
 
-def process_numbers() -> tuple[int, int, int]:
-    """Rank, number of processes, and rank on this machine, from torchrun's environment; (0, 1, 0) without it.
-
-    UserError if WORLD_SIZE asks for several processes and the rest of the environment does not fit.
-    """
+def process_problems() -> list[str]:
+    """What is wrong with the environment that torchrun sets, if it asks for several processes."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = {name: os.environ[name] for name in (*names, "MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)}
-    if given.get("WORLD_SIZE", "1").strip() in ("0", "1"):  # a cluster's shell may have left RANK alone
-        return 0, 1, 0
+    if given.get("WORLD_SIZE", "1").strip() in ("0", "1"):
+        return []
     if len(given) == 5 and all(given[name].isdecimal() for name in names):
         rank, world, local = (int(given[name]) for name in names)
         if rank < world and local < world:
-            return rank, world, local
-    raise UserError(f"WORLD_SIZE is {given['WORLD_SIZE']!r}, but RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT do not "
-                    "fit it; start several processes with torchrun, or unset WORLD_SIZE for one")
+            return []
+    return [f"WORLD_SIZE is {given['WORLD_SIZE']!r}, but RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT do not fit it; "
+            "start several processes with torchrun, or unset WORLD_SIZE for one"]
 
 
 # == CHECKPOINTS ======================================================================================================
@@ -178,6 +213,26 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def restore(state: dict, folder: Path, model: GPT, optimizers: Optimizers, loader: Loader) -> tuple[int, float, int]:
+    """Undo `snapshot`: step, minutes spent and steps skipped; UserError if the checkpoint does not fit."""
+    path = folder / "checkpoint.pt"
+    try:
+        if state["loader"]["data"] != loader.fingerprint:
+            raise ValueError("the tasks or shards are not those it was started with; name them with --data-dir")
+        if (before := state["loader"]["effective"]) != loader.effective:
+            raise ValueError(f"the run's effective batch is {before} sequences, not {loader.effective}")
+        found = train.restore.plain(state, folder, model, optimizers, loader)
+        for optimizer in optimizers.all:
+            for p, values in optimizer.state.items():
+                for name, t in values.items():
+                    shape = torch.Size() if name == "step" else p.shape
+                    if not isinstance(t, Tensor) or t.dim() != len(shape) or t.shape[:1] != shape[:1]:
+                        raise ValueError("the optimizer's state has other shapes than its parameters")
+        return found
+    except Exception as error:  # what is whole, but not ours, fails in many ways
+        raise UserError(f"{path}: does not fit the run's settings and data ({reason(error)})") from None
+
+
 def load_model(folder: Path, model_cfg: ModelConfig) -> tuple[GPT, dict[str, Any]]:
     """The model of a run on the CPU, ready to answer, and its checkpoint.
 
@@ -202,7 +257,7 @@ def load_model(folder: Path, model_cfg: ModelConfig) -> tuple[GPT, dict[str, Any
 
 
 class hold:
-    """Holds a run folder until it is closed or this process ends, however it ends; UserError if another one holds it."""
+    """Holds a run folder until it is closed or this process ends in any way; UserError if another one holds it."""
 
     def __init__(self, folder: Path):
         self.file, nt = None, os.name == "nt"  # Windows has no locks on folders

@@ -1,0 +1,45 @@
+"""Command lines out of dataclasses: one place for the name, the default, the type and the help text of a setting."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+
+def option(default: Any, text: str, *choices: str) -> Any:
+    """A dataclass field with the help text, and perhaps the choices, of its command-line flag."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices or None})
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line and flags cannot be shortened."""
+
+    def __init__(self, prog: str, description: str, **more: Any):
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **more)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message} (see python {self.prog} --help)\n")
+
+    def add_fields(self, cls: type, title: str, varied: set[str] | None = None) -> None:
+        """A flag for each field of a dataclass that has a help text, without a default of its own: with
+        `argument_default=argparse.SUPPRESS` only what was given ends up in the namespace.
+
+        The help names the field's default, or, if `varied` is given, says which defaults vary with it.
+        """
+        group = self.add_argument_group(title)
+        for f in (f for f in dataclasses.fields(cls) if "help" in f.metadata):
+            text, choices, kind = f.metadata["help"].replace("%", "%%"), f.metadata["choices"], type(f.default)
+            if "(default" not in text and varied is not None:
+                text += f" (default: {f.default}{', or that of the preset' if f.name in varied else ''})"
+            if kind is bool:
+                group.add_argument(flag(f.name), action="store_true", help=text)
+            else:
+                metavar = f"{{{','.join(choices)}}}" if choices else {int: "N", float: "X", str: "TEXT"}[kind]
+                read = (lambda path: str(Path(path).expanduser())) if f.name.endswith("_dir") else kind
+                group.add_argument(flag(f.name), type=read, metavar=metavar, help=text)
