@@ -5,6 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,6 +14,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported; proce
 os.environ["HF_HUB_OFFLINE"] = "1"  # a look-up without a network retries for 23 seconds
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background, whose children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples in every run, and no time limit for one of them: the machine may be busy.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -34,7 +39,7 @@ def arc_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def arc2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ARC-AGI-2, likewise."""
+    """ARC-AGI-2, in the same layout. Shared by all tests: only read it."""
     from arc_data.prepare import prepare
 
     return prepare("arcagi2", tmp_path_factory.mktemp("arc2"))

@@ -1,5 +1,6 @@
 """Small models, small data and small runs that several test files share."""
 
+import importlib
 import json
 import os
 import shutil
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 import train
+from arc_data.tasks import SHARE_EVALUATION_PAIRS, Pair, Task
 
 ROOT = Path(train.__file__).resolve().parent
+CPU = torch.device("cpu")
 MAGIC = 20240520  # first number of a .bin shard
 
 PATTERNS = ("AAAA", "MMMM", "MAMA", "MMAM")
@@ -43,8 +46,8 @@ def tiny_model(pattern: str = "MAMA", grid: bool = False, seed: int = 0, **chang
 
 
 def runtime() -> train.Runtime:
-    """One process on the CPU."""
-    return train.Runtime(torch.device("cpu"), torch.float32, train.choose_kernels("torch", torch.device("cpu")))
+    """One process on the CPU, with the fast functions."""
+    return train.Runtime(CPU, torch.float32, train.pick_ops(CPU, torch.float32, "auto"))
 
 
 def random_grid(rng: np.random.Generator, largest: int = 6, smallest: int = 1) -> np.ndarray:
@@ -52,17 +55,17 @@ def random_grid(rng: np.random.Generator, largest: int = 6, smallest: int = 1) -
     return rng.integers(0, 10, rng.integers(smallest, largest + 1, 2)).astype(np.uint8)
 
 
-def random_tasks(count: int, seed: int = 0, pairs: tuple[int, int] = (2, 5), largest: int = 6) -> list[train.Task]:
+def random_tasks(count: int, seed: int = 0, pairs: tuple[int, int] = (2, 5), largest: int = 6) -> list[Task]:
     """Tasks without any rule, whose pairs differ from each other."""
     rng = np.random.default_rng(seed)
     tasks = []
     for i in range(count):
         grids = [random_grid(rng, largest, 2) for _ in range(2 * rng.integers(pairs[0], pairs[1] + 1))]
-        tasks.append(train.Task(f"task{i:03}", list(zip(grids[::2], grids[1::2], strict=True))))
+        tasks.append(Task(f"task{i:03}", list(zip(grids[::2], grids[1::2], strict=True))))
     return tasks
 
 
-def sequence(pairs: list[train.Pair], first: int = train.UNKNOWN_TASK) -> np.ndarray:
+def sequence(pairs: list[Pair], first: int = train.UNKNOWN_TASK) -> np.ndarray:
     """The whole sequence of a task as DESIGN draws it, prompt and answer, token by token."""
     tokens = [first]
     for question, answer in pairs:
@@ -88,7 +91,7 @@ def parse_grids(tokens) -> list[tuple[int, np.ndarray]]:
     return [(mark, np.array(rows[:-1], dtype=np.uint8)) for mark, rows in found]
 
 
-def parse_pairs(tokens) -> list[train.Pair]:
+def parse_pairs(tokens) -> list[Pair]:
     """The pairs of a whole sequence."""
     grids = parse_grids(tokens)
     assert [mark for mark, _ in grids] == [train.IN, train.OUT] * (len(grids) // 2)
@@ -113,7 +116,7 @@ def copy_small_tasks(arc_dir: Path, folder: Path, training: int = 26, evaluation
     """The official tasks of fewest cells, in the official layout: a run on them takes seconds."""
     for split, count in (("training", training), ("evaluation", evaluation)):
         (folder / split).mkdir(parents=True)
-        files = [f for f in (arc_dir / split).glob("*.json") if f.stem not in train.SHARE_EVALUATION_PAIRS]
+        files = [f for f in (arc_dir / split).glob("*.json") if f.stem not in SHARE_EVALUATION_PAIRS]
         for f in sorted(files, key=lambda f: (f.stat().st_size, f.name))[:count]:
             shutil.copy(f, folder / split)
     return folder
@@ -143,7 +146,9 @@ def write_text(folder: Path, tokens: int = 3000, top: int = 50) -> Path:
 def make_quick(monkeypatch) -> None:
     """Runs of this test draw no pictures, and their text has 64 kinds of token."""
     monkeypatch.setitem(train.PRESETS["fineweb"]["nano"], "vocab_size", 64)
-    monkeypatch.setitem(sys.modules, "plot", types.SimpleNamespace(plot_run=lambda folder: []))
+    no_pictures = types.SimpleNamespace(plot_run=lambda folder: [])
+    monkeypatch.setitem(sys.modules, "tools.plot", no_pictures)
+    monkeypatch.setattr(importlib.import_module("tools"), "plot", no_pictures, raising=False)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -183,12 +188,8 @@ def checkpoint(folder: Path) -> dict:
 def differences(one, other, where: str = "") -> list[str]:
     """Where two nests of containers and tensors are not the same to the last bit."""
     if isinstance(one, dict) and isinstance(other, dict):
-        keys = one.keys() | other.keys()
-        return [
-            d
-            for k in keys
-            for d in (differences(one[k], other[k], f"{where}/{k}") if k in one and k in other else [f"{where}/{k}"])
-        ]
+        alone = [f"{where}/{k}" for k in one.keys() ^ other.keys()]
+        return alone + [d for k in one.keys() & other.keys() for d in differences(one[k], other[k], f"{where}/{k}")]
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
         return [d for i, (a, b) in enumerate(zip(one, other, strict=True)) for d in differences(a, b, f"{where}/{i}")]
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
