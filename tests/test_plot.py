@@ -1,4 +1,4 @@
-"""plot.py: pictures from run folders made up here, and one clear line for those it cannot draw."""
+"""tools/plot.py: pictures from run folders made up here, and one clear line for those it cannot draw."""
 
 import json
 import math
@@ -9,44 +9,37 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-import plot
+from tools import plot
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(plot.__file__).resolve().parent.parent
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def write_metrics(run: Path, steps: int = 120, rates: bool = True) -> None:
-    """A run like those train.py leaves: a line a step, some with an evaluation."""
+    """A run like those train.py leaves: one line per step, some with an evaluation."""
     run.mkdir(parents=True, exist_ok=True)
     lines = []
     for step in range(1, steps + 1):
         line = {"step": step, "loss": 2.5 * math.exp(-step / 40), "lr": 0.01, "grad_norm": 1, "tokens_per_second": 9e3}
         if step % 20 == 0:
             line |= {"val_loss": 2.6 * math.exp(-step / 50), "minutes": step / 60}
-            if rates:
-                line |= {"solve_rate": 0.1, "cell_accuracy": 0.8, "shape_accuracy": 0.8}
+            line |= {"solve_rate": 0.1, "cell_accuracy": 0.8, "shape_accuracy": 0.8} if rates else {"sample": "text"}
         lines.append(json.dumps(line) + "\n")
-    (run / "metrics.jsonl").write_text("".join(lines))
+    (run / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def entry(truth: list, prediction: list | None, task: str = "a", demonstrations: int = 2) -> dict:
     """One prediction as train.py writes it."""
     pairs = [{"input": [[0, 1], [2, 3]], "output": [[4, 5, 6]]}] * demonstrations
     return {"task": task, "test": 0, "demonstrations": pairs, "input": [[7, 8], [9, 0]], "prediction": prediction,
-            "truth": truth}  # fmt: skip
+            "truth": truth}
 
 
 def write_predictions(run: Path, entries: object) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "predictions.json").write_text(json.dumps(entries))
-
-
-def arrays(item: dict) -> dict:
-    """The part of an entry that the judge looks at, as `read_predictions` gives it."""
-    answer = item["prediction"]
-    return {"name": item["task"], "test": 0, "prediction": answer if answer is None else np.array(answer),
-            "truth": np.array(item["truth"])}  # fmt: skip
+    (run / "predictions.json").write_text(json.dumps(entries), encoding="utf-8")
 
 
 def size(picture: Path) -> tuple[int, int]:
@@ -54,6 +47,9 @@ def size(picture: Path) -> tuple[int, int]:
     data = picture.read_bytes()
     assert data.startswith(PNG) and data.endswith(b"IEND\xaeB`\x82")
     return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+# == THE CURVES =======================================================================================================
 
 
 def test_a_run_gives_both_pictures_and_no_other_file(tmp_path, capsys):
@@ -79,10 +75,10 @@ def test_without_rates_there_is_one_panel(tmp_path):
     assert plot.plot_run(tmp_path / "text") == [tmp_path / "text" / "curves.png"]  # no predictions: no second picture
 
 
-def test_numbers_that_are_none_are_left_out(tmp_path):
+def test_what_is_not_a_finite_number_is_left_out(tmp_path):
     lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": math.inf, "lr": None},
              {"step": 4}, {"note": "no step"}, {"step": 5, "loss": 1.0}, {"step": 10**400, "loss": 1},
-             {"step": 6, "loss": 10**400}, {"step": 7, "loss": 1e300}]  # fmt: skip
+             {"step": 6, "loss": 10**400}, {"step": 7, "loss": 1e300}, {"step": 8, "loss": "2"}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     steps, values = plot.series(plot.read_metrics(tmp_path / "metrics.jsonl"), "loss")
     assert steps.tolist() == [1, 5] and values.tolist() == [2, 1]
@@ -102,26 +98,29 @@ def test_smoothing_keeps_length_level_and_middle():
     assert plot.smooth(noise).std() < 0.4 * noise.std() and len(plot.smooth(noise)) == 500
 
 
-def test_share_of_right_cells():
-    truth = np.array([[1, 2], [3, 4]])
-    assert plot.share_right(truth, truth) == 1
-    assert plot.share_right(np.array([[1, 2], [3, 0]]), truth) == 0.75
-    assert plot.share_right(np.array([[1, 2]]), truth) == 0.5  # what is missing is wrong
-    assert plot.share_right(np.array([[1, 2, 0], [3, 4, 0]]), truth) == pytest.approx(4 / 6)  # so is what is too much
-    assert plot.share_right(np.array([[1], [3], [5]]), truth) == pytest.approx(2 / 5)
-    assert plot.share_right(None, truth) == 0
+# == THE CONTACT SHEET ================================================================================================
+
+GRIDS = st.tuples(st.integers(1, 5), st.integers(1, 5)).flatmap(
+    lambda shape: st.lists(st.integers(0, 9), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]).map(
+        lambda cells: np.array(cells).reshape(shape)))
 
 
-def test_wrong_cells_are_those_that_differ_or_lie_outside():
-    truth = np.array([[1, 2], [3, 4]])
-    assert plot.wrong_cells(np.array([[1, 0, 5], [3, 4, 6]]), truth).tolist() == [[0, 1, 1], [0, 0, 1]]
-    assert not plot.wrong_cells(truth, truth).any()
+@given(GRIDS, GRIDS)
+def test_share_and_wrong_cells(prediction, truth):
+    """Counted cell by cell: what is missing is wrong, and so is what is too much."""
+    one, other = ({(*place, colour) for place, colour in np.ndenumerate(grid)} for grid in (prediction, truth))
+    places = {cell[:2] for cell in one | other}
+    assert plot.share_right(prediction, truth) == pytest.approx(len(one & other) / len(places))
+    wrong = plot.wrong_cells(prediction, truth)
+    assert wrong.shape == prediction.shape and {tuple(p) for p in np.argwhere(wrong)} == {c[:2] for c in one - other}
+    assert plot.share_right(truth, truth) == 1 and plot.share_right(None, truth) == 0
 
 
-def test_solved_ones_come_first_then_by_share():
-    items = [entry([[1, 2, 3, 4]], None, "none"), entry([[1, 2, 3, 4]], [[1, 2, 0, 0]], "half"),
-             entry([[1, 2, 3, 4]], [[1, 2, 3, 0]], "most"), entry([[1, 2, 3, 4]], [[1, 2, 3, 4]], "all")]  # fmt: skip
-    ordered = sorted(map(arrays, items), key=plot.rank)
+def test_solved_ones_come_first_then_by_share(tmp_path):
+    truth = [[1, 2, 3, 4]]
+    answers = {"none": None, "half": [[1, 2, 0, 0]], "most": [[1, 2, 3, 0]], "all": truth}
+    write_predictions(tmp_path, [entry(truth, answer, name) for name, answer in answers.items()])
+    ordered = sorted(plot.read_predictions(tmp_path / "predictions.json"), key=plot.rank)
     assert [item["name"] for item in ordered] == ["all", "most", "half", "none"]
     assert [plot.judge(item)[1] for item in ordered] == [plot.RIGHT] + [plot.WRONG] * 3
     assert plot.judge(ordered[1])[0].endswith("75 % of cells right")
@@ -163,17 +162,23 @@ def test_the_colours_are_those_of_arc(tmp_path):
     assert set(official) <= seen
 
 
-def test_no_predictions_no_picture(tmp_path):
-    write_metrics(tmp_path)
-    assert plot.plot_predictions(tmp_path) is None
-    write_predictions(tmp_path, [])
-    assert plot.plot_predictions(tmp_path) is None and not (tmp_path / "predictions.png").exists()
+@pytest.mark.parametrize("name", [r"$\frac{$ $", "x" * 10**6, "a\nb\x00", "\ud800", "東京 \u2028"],
+                         ids=["math", "long", "lines", "no character", "not in the font"])
+def test_any_name_is_drawn(name, tmp_path, recwarn):
+    run = tmp_path / (name[:40].encode("utf-8", "replace").decode().replace("\x00", "") or "run")
+    write_metrics(run, 20)
+    write_predictions(run, [entry([[1]], [[1]], task=name)])
+    assert size(plot.plot_run(run)[1])[0] < 2000 and not recwarn.list
 
 
-def test_a_torn_last_line_is_left_out(tmp_path):
+# == WHAT CANNOT BE DRAWN =============================================================================================
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 31, "lo\xc3', b"7", b"\xff\xfe", b"[" * 99999])
+def test_a_torn_last_line_is_left_out(tail, tmp_path):
     write_metrics(tmp_path, 30)
     whole = (tmp_path / "metrics.jsonl").read_bytes()
-    (tmp_path / "metrics.jsonl").write_bytes(whole + b'{"step": 31, "lo\xc3')
+    (tmp_path / "metrics.jsonl").write_bytes(whole + tail)
     assert len(plot.read_metrics(tmp_path / "metrics.jsonl")) == 30 and plot.main([str(tmp_path)]) == 0
 
 
@@ -182,7 +187,7 @@ def refused(run: Path, capsys: pytest.CaptureFixture) -> str:
     assert plot.main([str(run)]) == 2
     output = capsys.readouterr()
     assert output.out == "" and output.err.count("\n") == 1 and str(run) in output.err
-    assert not list(run.glob("*.tmp")) and not list(run.glob(".*"))
+    assert not list(run.glob(".*"))
     return output.err
 
 
@@ -192,6 +197,8 @@ def test_folders_without_a_run_are_refused(tmp_path, capsys):
     for nothing in ("", "\n\n", '{"step": 1, "lr": 0.1}\n', '{"step": 1, "lo'):
         (tmp_path / "metrics.jsonl").write_text(nothing)
         assert "nothing to draw yet" in refused(tmp_path, capsys)
+    write_predictions(tmp_path, [])
+    assert plot.plot_predictions(tmp_path) is None and not (tmp_path / "predictions.png").exists()
 
 
 @pytest.mark.parametrize("broken", ["{", "7", "[1]", '{"step": 1 "loss": 2}', "\x00\x00"])
@@ -201,18 +208,10 @@ def test_a_broken_line_in_the_middle_is_named(broken, tmp_path, capsys):
 
 
 BAD_PREDICTIONS = {
-    "not a list": {"a": 1},
-    "not an object": [3],
-    "no truth": [{k: v for k, v in entry([[1]], [[1]]).items() if k != "truth"}],
-    "ragged": [entry([[1]], [[1, 2], [3]])],
-    "colour 10": [entry([[1]], [[10]])],
-    "a fraction": [entry([[1]], [[0.5]])],
-    "text": [entry([["x"]], [[1]])],
-    "a number for a grid": [entry([[1]], 5)],
-    "a flat grid": [entry([1, 2], [[1]])],
-    "a deep grid": [entry([[[1]]], [[1]])],
-    "empty truth": [entry([], [[1]])],
-    "a huge grid": [entry([[1]], [[0] * 1000] * 1000)],
+    "not a list": {"a": 1}, "not an object": [3], "no truth": [{**entry([[1]], [[1]]), "truth": None}],
+    "ragged": [entry([[1]], [[1, 2], [3]])], "colour 10": [entry([[1]], [[10]])], "a fraction": [entry([[1]], [[0.5]])],
+    "text": [entry([["x"]], [[1]])], "a number for a grid": [entry([[1]], 5)], "a flat grid": [entry([1, 2], [[1]])],
+    "a deep grid": [entry([[[1]]], [[1]])], "empty": [entry([], [[1]])], "huge": [entry([[1]], [[0] * 1000] * 1000)],
     "an endless number": [entry([[1]], [[1]]) | {"test": math.inf}],
 }
 
@@ -224,25 +223,12 @@ def test_bad_predictions_are_refused(bad, tmp_path, capsys):
     assert "predictions.json" in refused(tmp_path, capsys)
 
 
-@pytest.mark.parametrize("name", [r"$\frac{$ $", "x" * 10**6, "a\nb", "\ud800"], ids=["math", "long", "lines", "none"])
-def test_any_name_is_drawn(name, tmp_path):
-    write_metrics(tmp_path, 20)
-    write_predictions(tmp_path, [entry([[1]], [[1]], task=name)])
-    assert size(plot.plot_run(tmp_path)[1])[0] < 2000
-
-
-def test_predictions_that_are_not_json_are_refused(tmp_path, capsys):
-    write_metrics(tmp_path, 20)
-    (tmp_path / "predictions.json").write_text('[{"task": ')
-    assert "not JSON" in refused(tmp_path, capsys)
-
-
 def test_a_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
     write_metrics(tmp_path)
     before = plot.plot_curves(tmp_path).read_bytes()
 
-    def full(self, path, **_):
-        Path(path).write_bytes(PNG)
+    def full(self, file, **_):
+        file.write(PNG)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(plot.Figure, "savefig", full)
@@ -251,27 +237,44 @@ def test_a_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["curves.png", "metrics.jsonl"]
 
 
-def test_it_stands_alone_and_leaves_settings_alone(tmp_path):
-    """No torch, no pyplot, no display, no change of the caller's matplotlib settings, whatever those are."""
-    write_metrics(tmp_path)
-    code = """
+# == IN A PROCESS OF ITS OWN ==========================================================================================
+
+ALONE = """
 import sys, matplotlib
 matplotlib.rcParams.update({"font.size": 31, "text.usetex": True, "axes.titlesize": 40})
 before = matplotlib.rcParams.copy()
-import plot
+from tools import plot
 plot.plot_run(sys.argv[1])
 assert matplotlib.rcParams.copy() == before
 print([name for name in ("torch", "train", "matplotlib.pyplot") if name in sys.modules])
 """
-    environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"}
-    command = [sys.executable, "-c", code, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
-def test_as_a_script(tmp_path):
+def process(*argv, **env) -> tuple[int, str, str]:
+    """Exit code, output and errors of a Python without a display."""
+    env = {name: value for name, value in os.environ.items() if name != "DISPLAY"} | env
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=env, cwd=ROOT)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_it_stands_alone_and_leaves_settings_alone(tmp_path):
+    """No torch, no pyplot, no display, no change of the caller's matplotlib settings, whatever those are."""
     write_metrics(tmp_path)
-    done = subprocess.run([sys.executable, ROOT / "plot.py", tmp_path / "none"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    done = subprocess.run([sys.executable, "-W", "error", ROOT / "plot.py", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == f"wrote {tmp_path / 'curves.png'}\n", done.stderr
+    assert process("-c", ALONE, tmp_path) == (0, "[]\n", "")
+
+
+@pytest.mark.parametrize("backend", ["module://nonsense", "nonsense"])
+def test_pictures_choose_their_own_backend(backend, tmp_path):
+    write_metrics(tmp_path)
+    code, out, err = process("-W", "error", ROOT / "tools" / "plot.py", tmp_path, MPLBACKEND=backend)
+    assert (code, out, err) == (0, f"wrote {tmp_path / 'curves.png'}\n", "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system whose names are bytes")
+@pytest.mark.parametrize("name, encoding", [("東京".encode(), "cp1252"), (b"caf\xe9 \xff", "ascii")])
+def test_paths_and_consoles_of_any_encoding(name, encoding, tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    write_metrics(folder, 5)
+    done = subprocess.run([sys.executable, ROOT / "tools" / "plot.py", folder], capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert done.returncode == 0 and done.stdout.startswith(b"wrote ") and done.stderr == b""

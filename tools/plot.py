@@ -1,18 +1,21 @@
 """Pictures of a run: the curves of its metrics, and its predicted grids beside the truth.
 
-    python plot.py runs/arc        # metrics.jsonl -> curves.png, predictions.json -> predictions.png
+    python tools/plot.py runs/arc        # metrics.jsonl -> curves.png, predictions.json -> predictions.png
 
 Needs only matplotlib and numpy, and no display. `train.py` draws the same pictures when a run ends.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import sys
+import warnings
 from pathlib import Path
+
+os.environ.pop("MPLBACKEND", None)  # a notebook's; importing matplotlib fails where it names one that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from matplotlib import style
@@ -24,19 +27,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from arc_data.tasks import Grid, read_grid
+from data.files import Parser, UserError, fits, read_json, read_text, reason, replacing, run_script
+
 ARC_COLOURS = ["#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00",  # black, blue, red, green, yellow
                "#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25"]  # grey, magenta, orange, light blue, maroon
 INK, QUIET, RIGHT, WRONG = "#24292f", "#6e7781", "#1a7f37", "#cf222e"
 TRAIN, VALIDATION = "#4c78a8", "#e4572e"
 RATES = {"solve_rate": ("tasks solved", RIGHT), "cell_accuracy": ("cells right", "#8250df"),
          "shape_accuracy": ("shapes right", "#9a6700")}
-ROWS = 8  # of the contact sheet; the rest of its measures are inches
-BOX, ARROW = 1.55, 0.3  # side of a grid's place, gap inside a pair
-TOP, HEAD, FOOT = 0.92, 0.42, 0.34  # heights of the heading, and of what stands above and below the grids of a row
-PAIR = 2 * BOX + ARROW
-LEFT = [0.2, 0.2 + BOX + ARROW, 0.5 + PAIR, 0.5 + PAIR + BOX + ARROW,  # where the seven grids of a row begin
-        1.0 + 2 * PAIR, 1.0 + 2 * PAIR + BOX + ARROW, 1.2 + 3 * PAIR]
-WIDTH = LEFT[6] + BOX + 0.2
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": INK, "axes.edgecolor": "#d0d7de",
     "axes.labelcolor": QUIET, "xtick.color": QUIET, "ytick.color": QUIET, "axes.spines.top": False,
@@ -45,37 +44,28 @@ STYLE = {
     "text.usetex": False, "text.parse_math": False,
 }
 
-Grid = np.ndarray  # (rows, columns) of colours 0-9
 
-
-class PlotError(Exception):
-    """What is wrong with the run folder, in one line."""
-
-
-# == reading a run ==================================================================================================
+# == READING A RUN ====================================================================================================
 
 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl, oldest first. A torn last line (the run was killed) is left out."""
     if not path.is_file():
-        raise PlotError(f"{path.parent} holds no {path.name}: give the folder of a run, for example runs/arc")
-    lines = [(n, text) for n, text in enumerate(path.read_text("utf-8", "replace").splitlines(), 1) if text.strip()]
+        raise UserError(f"{path.parent} holds no {path.name}: give the folder of a run, for example runs/arc")
+    lines = [(n, text) for n, text in enumerate(read_text(path, "replace").splitlines(), 1) if text.strip()]
     metrics = []
     for number, text in lines:
         try:
-            line = json.loads(text)
-            if not isinstance(line, dict):
-                raise ValueError("not an object")
-        except (ValueError, RecursionError) as problem:
+            metrics.append({**json.loads(text)})
+        except (ValueError, TypeError, RecursionError) as error:
             if number == lines[-1][0]:
                 break
-            raise PlotError(f"{path} line {number} is broken ({problem}): remove that line and try again") from None
-        metrics.append(line)
+            raise UserError(f"{path} line {number} is broken ({reason(error)}): remove that line, try again") from None
     return metrics
 
 
 def series(metrics: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one key, where both are numbers a run can have; the later line of a step counts."""
+    """Steps and values of one key, both (n,), as far as they are finite; of two lines of a step the later counts."""
     values = {}
     for line in metrics:
         step, value = line.get("step"), line.get(key)
@@ -86,70 +76,59 @@ def series(metrics: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_predictions(path: Path) -> list[dict]:
-    """The entries of a predictions.json with their grids as arrays. Raises PlotError naming the first bad entry."""
-    try:
-        entries = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as problem:
-        raise PlotError(f"{path} is not JSON ({problem}): remove it or let the run write it again") from None
-    if not isinstance(entries, list):
-        raise PlotError(f"{path} holds no list of predictions: remove it or let the run write it again")
-    checked = []
-    for number, entry in enumerate(entries):
-        try:
-            shown = [(_grid(pair["input"]), _grid(pair["output"])) for pair in entry["demonstrations"]]
-            answer = _grid(entry["prediction"]) if entry["prediction"] else None
-            name = f"{entry['task']}"[:40].encode("utf-8", "replace").decode()
-            checked.append({"name": name, "test": int(entry["test"]), "demonstrations": shown,
-                            "input": _grid(entry["input"]), "prediction": answer, "truth": _grid(entry["truth"])})
-        except KeyError as problem:
-            raise PlotError(f"{path} entry {number} has no {problem}: let the run write it again") from None
-        except (TypeError, ValueError, OverflowError) as problem:
-            raise PlotError(f"{path} entry {number} is malformed ({problem}): let the run write it again") from None
-    return checked
+    """The entries of a predictions.json with their grids as arrays. Raises UserError naming the first bad entry."""
+    shape = {"task": str, "test": int, "demonstrations": [{"input": list, "output": list}], "input": list,
+             "prediction": (list, None), "truth": list}
+    entries = read_json(path)
+    if not fits(entries, [shape]):
+        raise UserError(f"{path} is not a list of predictions: remove it, or let the run write it again")
+
+    def checked(number: int, entry: dict) -> dict:
+        def grid(rows: list | None) -> Grid | None:
+            return None if rows is None else read_grid(rows, f"{path}: a grid of entry {number}")
+
+        shown = [(grid(pair["input"]), grid(pair["output"])) for pair in entry["demonstrations"]]
+        grids = {key: grid(entry[key]) for key in ("input", "prediction", "truth")}
+        return {"name": printable(entry["task"]), "test": entry["test"], "demonstrations": shown} | grids
+
+    return [checked(number, entry) for number, entry in enumerate(entries)]
 
 
-def _grid(rows: list[list[int]]) -> Grid:
-    """A grid as an array. Raises ValueError unless it is a rectangle of colours, at most 30 x 30."""
-    lengths = {len(row) for row in rows}
-    if len(lengths) != 1 or not 1 <= max(len(rows), *lengths) <= 30 or 0 in lengths:
-        raise ValueError("a grid with rows of different lengths, empty, or larger than 30 x 30")
-    grid = np.array(rows)
-    if grid.ndim != 2 or grid.dtype.kind != "i" or grid.min() < 0 or grid.max() > 9:
-        raise ValueError("a grid with a cell that is no colour from 0 to 9")
-    return grid
+def printable(name: str) -> str:
+    """A name as it can be drawn: in one line, not too long, without characters that no font could have."""
+    return "".join(c if c.isprintable() else "?" for c in name[:40])
 
 
-# == the curves =====================================================================================================
+# == THE CURVES =======================================================================================================
 
 
 def plot_curves(run: Path) -> Path | None:
-    """Draws `curves.png` from `metrics.jsonl`; None if there is nothing in it to draw yet."""
-    run = Path(run)
+    """Draw `curves.png` from `metrics.jsonl`; None if there is nothing in it to draw yet."""
     metrics = read_metrics(run / "metrics.jsonl")
-    drawable = ("loss", "val_loss", *RATES)
-    if not any(len(series(metrics, key)[0]) for key in drawable):
+    rates = any(len(series(metrics, key)[0]) for key in RATES)
+    if not rates and not any(len(series(metrics, key)[0]) for key in ("loss", "val_loss")):
         return None
     with style.context(STYLE, after_reset=True):
-        rates = any(len(series(metrics, key)[0]) for key in RATES)
         figure = Figure(figsize=(12 if rates else 8, 5.4), dpi=140, layout="constrained")
-        FigureCanvasAgg(figure)
         panels = figure.subplots(2, 2 if rates else 1, sharex=True, squeeze=False, height_ratios=[5, 1])
         draw_loss(panels[0, 0], metrics)
         draw_strip(panels[1, 0], metrics, "lr", "learning rate")
         if rates:
             draw_rates(panels[0, 1], metrics)
             draw_strip(panels[1, 1], metrics, "grad_norm", "gradient norm")
-        for axes in panels[-1]:
+        for axes in (a for a in panels[0] if a.lines):
+            axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.985), ncols=3, borderaxespad=0, handlelength=1.6)
+        for axes in panels[1]:
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         figure.get_layout_engine().set(rect=(0, 0, 1, 0.93))
-        figure.text(0.008, 0.965, _headline(run, metrics), fontsize=10, color=QUIET, va="center")
-        return _save(figure, run / "curves.png")
+        figure.text(0.008, 0.965, headline(run, metrics), fontsize=10, color=QUIET, va="center")
+        return save(figure, run / "curves.png")
 
 
-def _headline(run: Path, metrics: list[dict]) -> str:
+def headline(run: Path, metrics: list[dict]) -> str:
     """One line that tells runs apart: name, steps, minutes, speed."""
-    parts = [run.resolve().name]
+    parts = [printable(run.resolve().name)]
     for key, form, pick in (("step", "{:,.0f} steps", np.max), ("minutes", "{:.1f} minutes", np.max),
                             ("tokens_per_second", "{:,.0f} tokens/s", np.median)):
         values = series(metrics, key)[1]
@@ -160,33 +139,31 @@ def _headline(run: Path, metrics: list[dict]) -> str:
 
 def smooth(values: np.ndarray) -> np.ndarray:
     """Centred average under a Hann window of about a fifteenth of the curve: no lag, no steps; narrower at the ends."""
-    half = len(values) // 30
-    window = np.hanning(2 * half + 3)[1:-1]
+    window = np.hanning(2 * (len(values) // 30) + 3)[1:-1]
     weight = np.convolve(np.ones(len(values)), window, mode="same")
     return np.convolve(values, window, mode="same") / weight
 
 
 def draw_loss(axes: Axes, metrics: list[dict]) -> None:
     """Training loss, raw and smoothed, and validation loss with its last value written beside it."""
+    top = 0.0
     steps, loss = series(metrics, "loss")
-    tops = []
     if len(steps):
-        many = len(steps) >= 60
-        if many:
+        name = "training"
+        if len(steps) >= 60:
             axes.plot(steps, loss, color=TRAIN, alpha=0.28, linewidth=0.8)
-            loss = smooth(loss)
-        axes.plot(steps, loss, color=TRAIN, linewidth=1.8, label="training, smoothed" if many else "training")
-        tops.append(loss.max())
+            loss, name = smooth(loss), "training, smoothed"
+        axes.plot(steps, loss, color=TRAIN, linewidth=1.8, label=name)
+        top = loss.max()
     steps, loss = series(metrics, "val_loss")
     if len(steps):
         axes.plot(steps, loss, color=VALIDATION, linewidth=1.8, marker="o", markersize=4, label="validation")
-        _label(axes, steps[-1], loss[-1], f"{loss[-1]:.3f}", VALIDATION)
-        tops.append(loss.max())
-    if tops and max(tops) > 0:
-        axes.set_ylim(0, 1.08 * max(tops))  # a single spike does not flatten the curve
+        label(axes, steps[-1], loss[-1], f"{loss[-1]:.3f}", VALIDATION)
+        top = max(top, loss.max())
+    if top > 0:
+        axes.set_ylim(0, 1.08 * top)  # of the smoothed loss: a single spike does not flatten the curve
     axes.set_title("Loss")
     axes.set_ylabel("nats per token")
-    _legend(axes)
 
 
 def draw_rates(axes: Axes, metrics: list[dict]) -> None:
@@ -199,12 +176,11 @@ def draw_rates(axes: Axes, metrics: list[dict]) -> None:
             last.append((values[-1], steps[-1], colour))
     height = -1.0
     for value, step, colour in sorted(last):
-        height = max(value, height + 0.055)  # equal values would write over each other
-        _label(axes, step, height, f"{value:.1%}", colour)
+        height = max(value, height + 0.055)  # equal values would be written over each other
+        label(axes, step, height, f"{value:.1%}", colour)
     axes.set_ylim(-0.02, 1.04)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title("Held-out tasks")
-    _legend(axes)
 
 
 def draw_strip(axes: Axes, metrics: list[dict], key: str, name: str) -> None:
@@ -217,29 +193,35 @@ def draw_strip(axes: Axes, metrics: list[dict], key: str, name: str) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(2))
 
 
-def _legend(axes: Axes) -> None:
-    """On the line of the title, where it covers no curve."""
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.985), ncols=3, borderaxespad=0, handlelength=1.6)
-
-
-def _label(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
+def label(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
+    """A value beside the point (x, y) of a curve."""
     axes.annotate(text, (x, y), xytext=(7, 0), textcoords="offset points", color=colour, va="center", fontweight="bold")
 
 
-# == the contact sheet ==============================================================================================
+# == THE CONTACT SHEET ================================================================================================
+
+ROWS = 8  # of the contact sheet
+# All other measures are inches: side of a grid's place, gap inside a pair, heights of the heading and of what stands
+# above and below the grids of a row.
+BOX, ARROW, TOP, HEAD, FOOT = 1.55, 0.3, 0.92, 0.42, 0.34
+PAIR = 2 * BOX + ARROW
+PLACES = ("demonstration 1", "", "demonstration 2", "", "test input", "prediction", "truth")
+LEFT = [0.2, 0.2 + BOX + ARROW, 0.5 + PAIR, 0.5 + PAIR + BOX + ARROW,  # where the seven grids of a row begin
+        1.0 + 2 * PAIR, 1.0 + 2 * PAIR + BOX + ARROW, 1.2 + 3 * PAIR]
+WIDTH = LEFT[6] + BOX + 0.2
 
 
 def share_right(prediction: Grid | None, truth: Grid) -> float:
     """Share of cells that are right; where the shapes differ, of all cells that either grid has."""
     if prediction is None:
         return 0.0
-    rows, columns = np.minimum(prediction.shape, truth.shape)
-    same = int((prediction[:rows, :columns] == truth[:rows, :columns]).sum())
-    return same / (prediction.size + truth.size - rows * columns)
+    wrong = wrong_cells(prediction, truth)
+    shared = np.prod(np.minimum(prediction.shape, truth.shape))
+    return float((prediction.size - wrong.sum()) / (prediction.size + truth.size - shared))
 
 
-def wrong_cells(prediction: Grid, truth: Grid) -> Grid:
-    """True where the prediction differs from the truth or lies outside it."""
+def wrong_cells(prediction: Grid, truth: Grid) -> np.ndarray:
+    """True where the prediction differs from the truth or lies outside it; (rows, columns) of the prediction."""
     wrong = np.ones(prediction.shape, dtype=bool)
     rows, columns = np.minimum(prediction.shape, truth.shape)
     wrong[:rows, :columns] = prediction[:rows, :columns] != truth[:rows, :columns]
@@ -247,6 +229,7 @@ def wrong_cells(prediction: Grid, truth: Grid) -> Grid:
 
 
 def solved(entry: dict) -> bool:
+    """Whether a prediction is right in every cell."""
     return entry["prediction"] is not None and np.array_equal(entry["prediction"], entry["truth"])
 
 
@@ -256,17 +239,17 @@ def rank(entry: dict) -> tuple:
     return not solved(entry), -share, entry["name"], entry["test"]
 
 
-def plot_predictions(run: Path) -> Path | None:
-    """Draws `predictions.png` from `predictions.json`; None if the run has no predictions."""
-    run = Path(run)
-    if not (run / "predictions.json").is_file():
-        return None
-    entries = read_predictions(run / "predictions.json")
-    if not entries:
-        return None
-    best = sorted(entries, key=rank)[:ROWS]
-    notes = [run.resolve().name] + ([f"the best {len(best)} are shown"] if len(entries) > len(best) else [])
-    return draw_sheet(run / "predictions.png", best, heading(entries), notes)
+def judge(entry: dict) -> tuple[str, str]:
+    """What became of a prediction, in words, and the colour of those words."""
+    prediction, truth = entry["prediction"], entry["truth"]
+    if solved(entry):
+        return "\u2714 solved, 100 % right", RIGHT
+    if prediction is None:
+        return "\u2718 not a grid, 0 % right", WRONG
+    if truth is None:
+        return "the truth is not known", QUIET
+    shape = "" if prediction.shape == truth.shape else ", wrong shape"
+    return f"\u2718 {math.floor(100 * share_right(prediction, truth))} % of cells right{shape}", WRONG
 
 
 def heading(entries: list[dict]) -> str:
@@ -274,29 +257,33 @@ def heading(entries: list[dict]) -> str:
     return f"{sum(map(solved, entries))} of {len(entries)} test outputs solved"
 
 
+def plot_predictions(run: Path) -> Path | None:
+    """Draw `predictions.png` from `predictions.json`; None if the run has no predictions."""
+    path = run / "predictions.json"
+    entries = read_predictions(path) if path.is_file() else []
+    if not entries:
+        return None
+    best = sorted(entries, key=rank)[:ROWS]
+    notes = [printable(run.resolve().name)] + [f"the best {ROWS} are shown"] * (len(entries) > ROWS)
+    return draw_sheet(run / "predictions.png", best, heading(entries), notes)
+
+
 def draw_sheet(path: Path, entries: list[dict], title: str, notes: list[str]) -> Path:
-    """One contact sheet, a row an entry as `read_predictions` gives it; a truth that is not known is None."""
+    """One contact sheet. Each row is an entry as `read_predictions` gives it; an unknown truth is None."""
+    tops = np.cumsum([TOP] + [HEAD + grids_height(entry) + FOOT for entry in entries])
     with style.context(STYLE, after_reset=True):
-        tops = np.cumsum([TOP] + [row_height(entry) for entry in entries])
-        height = tops[-1]
-        figure = Figure(figsize=(WIDTH, height), dpi=110)
-        FigureCanvasAgg(figure)
+        figure = Figure(figsize=(WIDTH, tops[-1]), dpi=110)
         sheet = figure.add_axes((0, 0, 1, 1))  # one canvas, measured in inches from the upper left corner
-        sheet.set(xlim=(0, WIDTH), ylim=(height, 0))
+        sheet.set(xlim=(0, WIDTH), ylim=(tops[-1], 0))
         sheet.axis("off")
-        draw_heading(sheet, title, [*notes, "wrong cells are outlined"])
+        sheet.text(LEFT[0], 0.34, title, fontsize=16, fontweight="bold", va="center")
+        notes = [*notes, "wrong cells are outlined"]
+        sheet.text(LEFT[6] + BOX, 0.34, "   ·   ".join(notes), fontsize=10, color=QUIET, ha="right", va="center")
+        for left, place in zip(LEFT, PLACES, strict=True):
+            sheet.text(left, 0.72, place, fontsize=10, color=QUIET, va="center")
         for entry, top in zip(entries, tops[:-1], strict=True):
             draw_entry(sheet, entry, top)
-        return _save(figure, path)
-
-
-def draw_heading(sheet: Axes, title: str, notes: list[str]) -> None:
-    """The title, what else is to be known, and the titles of the columns."""
-    sheet.text(LEFT[0], 0.34, title, fontsize=16, fontweight="bold", va="center")
-    sheet.text(LEFT[6] + BOX, 0.34, "   ·   ".join(notes), fontsize=10, color=QUIET, ha="right", va="center")
-    for x, title in ((LEFT[0], "demonstration 1"), (LEFT[2], "demonstration 2"), (LEFT[4], "test input"),
-                     (LEFT[5], "prediction"), (LEFT[6], "truth")):
-        sheet.text(x, 0.72, title, fontsize=10, color=QUIET, va="center")
+        return save(figure, path)
 
 
 def placed(entry: dict) -> list[tuple[float, Grid, float]]:
@@ -314,11 +301,6 @@ def placed(entry: dict) -> list[tuple[float, Grid, float]]:
 def grids_height(entry: dict) -> float:
     """Inches that the tallest grid of a row takes."""
     return max(len(grid) * size for _, grid, size in placed(entry))
-
-
-def row_height(entry: dict) -> float:
-    """Inches from the line above a row to the line above the next."""
-    return HEAD + grids_height(entry) + FOOT
 
 
 def draw_entry(sheet: Axes, entry: dict, top: float) -> None:
@@ -343,21 +325,8 @@ def draw_entry(sheet: Axes, entry: dict, top: float) -> None:
         sheet.text(LEFT[5] + BOX / 2, middle, "no grid", color=WRONG, ha="center", va="center")
 
 
-def judge(entry: dict) -> tuple[str, str]:
-    """What became of a prediction, in words, and the colour of those words."""
-    prediction, truth = entry["prediction"], entry["truth"]
-    if solved(entry):
-        return "\u2714 solved, 100 % right", RIGHT
-    if prediction is None:
-        return "\u2718 not a grid, 0 % right", WRONG
-    if truth is None:
-        return "the truth is not known", QUIET
-    shape = "" if prediction.shape == truth.shape else ", wrong shape"
-    return f"\u2718 {math.floor(100 * share_right(prediction, truth))} % of cells right{shape}", WRONG
-
-
 def corners(grid: Grid, x: float, y: float, size: float) -> tuple[np.ndarray, np.ndarray]:
-    """Where the columns and rows of a grid begin and end whose middle is at (x, y), in inches."""
+    """Where the columns and the rows of a grid begin and end whose middle is at (x, y), in inches."""
     rows, columns = grid.shape
     return x + size * (np.arange(columns + 1) - columns / 2), y + size * (np.arange(rows + 1) - rows / 2)
 
@@ -382,43 +351,40 @@ def mark_prediction(sheet: Axes, entry: dict, x: float, y: float, size: float) -
     sheet.add_patch(Rectangle(*frame, facecolor="none", edgecolor=judge(entry)[1], linewidth=2))
 
 
-# == saving and the command line ====================================================================================
+# == COMMAND LINE =====================================================================================================
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    """Writes the picture under a temporary name and renames it: a viewer never sees half of it."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(scratch, format="png", facecolor="white")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+def save(figure: Figure, path: Path) -> Path:
+    """Write the picture, of which a viewer never sees half; no backend is asked for."""
+    FigureCanvasAgg(figure)
+    with replacing(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a letter that the font lacks is drawn as a box, without a word on each
+        figure.savefig(file, format="png", facecolor="white")
     return path
 
 
 def plot_run(run: Path | str) -> list[Path]:
-    """Draws every picture that a run folder has data for and returns their paths. Raises PlotError on bad data."""
+    """Draw every picture that a run folder has data for; their paths. Raises UserError on bad data."""
     run = Path(run)
-    if not run.is_dir():
-        raise PlotError(f"{run} is not a folder: give the folder of a run, for example runs/arc")
-    return [picture for picture in (plot_curves(run), plot_predictions(run)) if picture is not None]
+    return [picture for picture in (plot_curves(run), plot_predictions(run)) if picture]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code: 0, or 2 after one line on stderr."""
-    parser = argparse.ArgumentParser(description="Draw the pictures of a run into its folder.")
-    parser.add_argument("run", type=Path, help="the folder of a run, for example runs/arc")
-    run = parser.parse_args(argv).run
-    try:
+    """The command line: 0, or 2 after one line on stderr."""
+
+    def work() -> None:
+        parser = Parser(prog="tools/plot.py", description="Draw the pictures of a run into its folder.")
+        parser.add_argument("run", type=Path, help="the folder of a run, for example runs/arc")
+        run = parser.parse_args(argv).run
+        if not run.is_dir():
+            raise UserError(f"{run} is not a folder: give the folder of a run, for example runs/arc")
         pictures = plot_run(run)
         if not pictures:
-            raise PlotError(f"{run / 'metrics.jsonl'} holds nothing to draw yet: let the run take a few steps")
-    except (PlotError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    for picture in pictures:
-        print(f"wrote {picture}")
-    return 0
+            raise UserError(f"{run / 'metrics.jsonl'} holds nothing to draw yet: let the run take a few steps")
+        for picture in pictures:
+            print(f"wrote {picture}")
+
+    return run_script("plot.py", work)
 
 
 if __name__ == "__main__":
