@@ -1,4 +1,4 @@
-"""report.py: the page holds what it was given, reaches for nothing, runs no text it was given, works in a browser."""
+"""tools/report.py: the page holds what it was given, reaches for nothing, runs no text of others, works in a browser."""
 
 import html.parser
 import json
@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import plot
-from report import judged, write_report
+from tools import plot
+from tools.report import judged, write_report
 
 HOSTILE = [
     "</script><script>document.title = 'broken'</script>", "\"><img src=x onerror=\"document.title = 'broken'\">",

@@ -1,9 +1,9 @@
 """One web page of solved ARC tasks, in one file that needs no network: to look at, to send to somebody, to print.
 
-    from report import write_report
+    from tools.report import write_report
     write_report("runs/arc/report.html", outputs, scores, "runs/arc on ARC-AGI-1 evaluation")
 
-`solve.py` writes it. How the page looks and behaves stands in the template beside this file, report.html.
+`solve.py` writes it. The template beside this file, report.html, says how the page looks and behaves.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from plot import ARC_COLOURS, share_right
-from train import replacing
+from data.files import replacing
+from tools.plot import ARC_COLOURS, share_right
 
 TEMPLATE = Path(__file__).resolve().with_suffix(".html")
 NEARLY = 0.95  # share of cells from which an answer of the right shape is nearly right
@@ -28,15 +28,14 @@ VERDICTS = ["solved", "nearly", "failed", "unknown"]
 
 
 def write_report(path: Path | str, outputs: list[dict], scores: dict[str, Any], title: str) -> None:
-    """Write the page; a reader of `path` sees all of it or none.
+    """Write the page; a reader of `path` sees all of it or none. Raises OSError if the file cannot be written.
 
-    `outputs`, one a test output, grids as lists of lists of the ints 0-9:
+    `outputs` has one entry per test output, with grids as lists of lists of the integers 0 to 9:
         {"task": name, "test": index, "demonstrations": [{"input": grid, "output": grid}, ...], "input": grid,
          "attempts": [grid or None, grid or None], "truth": grid or None, "seen": whether the run was supervised on it,
          "candidates": [{"grid": grid, "votes": int, "logprob": float}, ...], "views": int, "valid": int}
-    `scores`: {"pass@1": {"arc_prize": share, "per_output": share, "all_outputs": share}, "pass@2": likewise, and
-    whatever else is to be shown beside them, such as counts and settings}.
-    Names and title may be any text. Raises OSError where the file cannot be written.
+    `scores` has "pass@1" and "pass@2", each {"arc_prize": share, "per_output": share, "all_outputs": share}, and
+    whatever else is to be shown beside them, such as counts and settings. Names and title may be any text.
     """
     data = {"title": title, "scores": scores, "outputs": sorted(map(judged, outputs), key=rank),
             "colours": ARC_COLOURS, "nearly": NEARLY}
@@ -51,31 +50,25 @@ def write_report(path: Path | str, outputs: list[dict], scores: dict[str, Any], 
 
 def judged(output: dict) -> dict:
     """The output with `shares`, of the cells that each attempt has right (None: unknown), and `verdict`, one word."""
-    truth = output["truth"]
+    truth, attempts = output["truth"], output["attempts"]
     if truth is None:
-        return output | {"shares": [None] * len(output["attempts"]), "verdict": "unknown"}
-    shares = [0.0 if attempt is None else share_right(np.array(attempt), np.array(truth))
-              for attempt in output["attempts"]]
-    if truth in output["attempts"]:
-        verdict = "solved"
-    else:
-        near = [share >= NEARLY and np.shape(attempt) == np.shape(truth)
-                for attempt, share in zip(output["attempts"], shares, strict=True)]
-        verdict = "nearly" if any(near) else "failed"
-    return output | {"shares": shares, "verdict": verdict}
+        return output | {"shares": [None] * len(attempts), "verdict": "unknown"}
+    shares = [share_right(None if attempt is None else np.array(attempt), np.array(truth)) for attempt in attempts]
+    near = any(share >= NEARLY and np.shape(attempt) == np.shape(truth)
+               for attempt, share in zip(attempts, shares, strict=True))
+    return output | {"shares": shares, "verdict": "solved" if truth in attempts else "nearly" if near else "failed"}
 
 
 def rank(output: dict) -> tuple:
-    """The order on the page: what counts before what was seen in training, then the best first."""
+    """The order on the page: outputs that count before those seen in training, and the best first."""
     share = max((share for share in output["shares"] if share is not None), default=0)
     return output["seen"], VERDICTS.index(output["verdict"]), -share, output["task"], output["test"]
 
 
 def embedded(value: Any) -> str:
-    """Compact ASCII JSON that no text in it can lead out of a script element. Numbers that are not finite become null.
+    """Compact ASCII JSON that cannot end the script element it stands in. Non-finite numbers become null.
 
-    Only strings can hold these three signs, and there JSON has another way to write them; without them neither an end
-    tag nor a comment can begin.
+    An end tag or a comment needs one of the signs <, > and &. In JSON only strings can hold them, as escapes, too.
     """
     text = json.dumps(finite(value), separators=(",", ":"), allow_nan=False)
     return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
