@@ -22,8 +22,8 @@ extras/name.py that is faster or harder to kill, and that is used where the fold
 Sections, in order (grep -n '^# == ' train.py):
     SIZES  OPS  MODEL  GRIDS  DATA  CONFIG  OPTIMIZER  RUN  STEP  EVALUATE  TRAIN  CLI
 
-Letters: B batch, T time, D width of the residual stream, H heads, P channels of a head, N state size, Q chunk length,
-V vocabulary. Mamba-2 is Dao & Gu 2024, "Transformers are SSMs" (arXiv:2405.21060).
+Letters: B batch, T time, D width, H heads, P channels of a head, N state size, Q chunk length, V vocabulary.
+Mamba-2 is Dao & Gu 2024, "Transformers are SSMs" (arXiv:2405.21060).
 """
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import shlex
 import sys
 import time
@@ -47,7 +46,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,12 +69,8 @@ UNKNOWN_TASK = 16  # first token of a sequence whose task has no vector of its o
 TASK_DROPOUT = 0.3  # share of training sequences that do not say which task they belong to
 MAX_BAD_STEPS = 5  # steps in a row with a non-finite loss or gradient that end a run
 
-
 def twin(module: str) -> Callable:
-    """Decorator: a call goes to the function of the same name in extras/<module>.py, or here where there is none.
-
-    `function.plain` is always the one that stands here.
-    """
+    """Decorator: calls go to the function's namesake in extras/<module>.py; as `.plain`, and without extras/, here."""
     def decorate(plain: Callable) -> Callable:
         @functools.wraps(plain)
         def call(*args, **kwargs):
@@ -89,9 +83,7 @@ def twin(module: str) -> Callable:
 
     return decorate
 
-
 # == SIZES ============================================================================================================
-
 
 @dataclass
 class ModelConfig:
@@ -121,13 +113,11 @@ class ModelConfig:
 # All that the model computes with beside matrix products, as short as it can be written. `pick_ops` may put faster
 # functions with the same arguments and meaning in place: extras/kernels.py has them, for a CPU and for CUDA.
 
-
 class Film(NamedTuple):
     """What a task does to the result of one norm: a scale and a shift (Perez et al. 2018, arXiv:1709.07871)."""
 
     table: Tensor  # (tasks, 2 * D): scale, then shift
     tasks: Tensor  # (B, 1) or (B, T) int64: the row of the table that all positions, or each, go by
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, film: Film | None = None) -> Tensor:
     """x / rms(x) * weight over the last dimension, in float32 (Zhang & Sennrich 2019, equation 4).
@@ -140,7 +130,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, 
         scale, shift = F.embedding(film.tasks, film.table).chunk(2, dim=-1)
         h = h * (1 + scale) + shift
     return h.to(x.dtype)
-
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None = None) -> Tensor:
     """silu(bias + sum over k of weight[:, k] * x[t - K + 1 + k]): depthwise, zero before the start.
@@ -155,7 +144,6 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None 
             earlier = earlier * (seq_idx[:, :-back] == seq_idx[:, back:])[..., None]
         y = y + F.pad(earlier * weight[:, -1 - back], (0, 0, back, 0))
     return F.silu(y).to(x.dtype)
-
 
 def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = None,
              dt_bias: Tensor | None = None, dt_softplus: bool = False, seq_idx: Tensor | None = None,
@@ -202,28 +190,22 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size:
     y = (y if D is None else y + D[:, None] * x).to(x.dtype)
     return (y, states[-1]) if return_final_states else y
 
-
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020), of gate and up side by side: (B, T, 2 * F) -> (B, T, F)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
-
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, T, heads, P) by angles whose cosine and sine are (B or 1, T, P / 2); channel i is paired with
-    i + P / 2, as in Llama (Su et al. 2021, arXiv:2104.09864)."""
+    """Rotate channels i and i + P / 2 of x (B, T, heads, P) by angles, cos and sin (B or 1, T, P / 2)."""
     (a, b), cos, sin = x.chunk(2, dim=-1), cos[:, :, None], sin[:, :, None]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
-
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
-    """Causal softmax attention, q, k, v and result (B, H, T, P); with documents (B, T) int64, ids that ascend from 0,
-    only within each document."""
+    """Causal softmax attention, all (B, H, T, P), within each document if `documents` has their ids (B, T)."""
     if documents is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     visible = (documents[:, :, None] == documents[:, None, :]).tril()  # (B, T, T)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None])
-
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of the logits hidden @ weight.T, in float32, over targets other than IGNORE_INDEX.
@@ -231,7 +213,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     hidden (tokens, D), weight (V, D), targets (tokens,) int64.
     """
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=IGNORE_INDEX)
-
 
 class Ops(NamedTuple):
     """The table of functions that a model computes with; `name` says what they are."""
@@ -245,23 +226,22 @@ class Ops(NamedTuple):
     attention: Callable = attention
     linear_cross_entropy: Callable = linear_cross_entropy
 
-
 PLAIN = Ops()
-
 
 @twin("kernels")
 def pick_ops(device: torch.device, dtype: torch.dtype, asked: str) -> Ops:
     """The table to compute with on `device`, with matrix products in `dtype`; `asked` is --kernels."""
     return PLAIN
 
-
 # == MODEL ============================================================================================================
 
+class Layer(nn.Module):
+    """A module that computes with a table of ops, which `GPT.use` exchanges."""
 
-class RMSNorm(nn.Module):
+    ops = PLAIN
+
+class RMSNorm(Layer):
     """Root mean square norm with a weight; see `rms_norm`."""
-
-    ops = PLAIN  # here and below; see `GPT.use`
 
     def __init__(self, d: int, eps: float = 1e-5):
         super().__init__()
@@ -269,7 +249,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor | None = None, film: Film | None = None) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps, gate, film)
-
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine (B, T, head_dim / 2) of rotary positions over one or three axes.
@@ -285,11 +264,8 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     angles = positions[..., axis].float() * torch.tensor(frequency, device=positions.device)
     return angles.cos(), angles.sin()
 
-
-class Attention(nn.Module):
+class Attention(Layer):
     """Causal multi-head attention with rotary positions."""
-
-    ops = PLAIN
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -307,12 +283,8 @@ class Attention(nn.Module):
         y = self.ops.attention(*self.project(x, rope), documents)  # (B, H, T, P)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
-
-class Mamba2(nn.Module):
-    """The Mamba-2 mixer. Parameter names, shapes and row order are those of `mamba_ssm.Mamba2` with one group: either
-    loads the other."""
-
-    ops = PLAIN
+class Mamba2(Layer):
+    """The Mamba-2 mixer; its parameters have the names, shapes and order of rows of `mamba_ssm.Mamba2`'s."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -347,11 +319,8 @@ class Mamba2(nn.Module):
             y = self.norm(y, gate=z)
         return self.out_proj(y)
 
-
-class SwiGLU(nn.Module):
+class SwiGLU(Layer):
     """down(silu(gate) * up), with gate and up in one product."""
-
-    ops = PLAIN
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
@@ -360,7 +329,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.ops.swiglu(self.up(x)))
-
 
 class Block(nn.Module):
     """x + mixer(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)); `films`, one for each norm, are what the task does to it."""
@@ -379,7 +347,6 @@ class Block(nn.Module):
         x = x + self.dropout(self.mixer(h, rope, documents) if isinstance(self.mixer, Attention) else
                              self.mixer(h, documents))
         return x + self.dropout(self.mlp(self.norm2(x, film=films[1])))
-
 
 class GridLayout(NamedTuple):
     """Where each token stands, recovered from the tokens alone; every field is (B, T) int64.
@@ -432,8 +399,7 @@ class GridLayout(NamedTuple):
         cells = tokens.gather(1, index.clamp(0, tokens.shape[1] - 1).flatten(1)).view(index.shape)
         return torch.where(inside, cells, 10).clamp(max=10)
 
-
-class GPT(nn.Module):
+class GPT(Layer):
     """The hybrid: a stack of blocks, one for each letter of `cfg.pattern`."""
 
     def __init__(self, cfg: ModelConfig):
@@ -456,14 +422,11 @@ class GPT(nn.Module):
             nn.init.zeros_(self.film.weight)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
-        self.use(PLAIN)
 
     def use(self, ops: Ops) -> None:
         """Compute with this table from now on."""
-        self.ops = ops
         for module in self.modules():
-            if hasattr(module, "ops"):
-                module.ops = ops
+            module.ops = ops
 
     def documents(self, tokens: Tensor) -> Tensor | None:
         """Ids (B, T) that ascend from 0 of the documents in each row, which must not see each other, or None."""
@@ -513,7 +476,6 @@ class GPT(nn.Module):
             return self.head(hidden), None
         return None, self.ops.linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten())
 
-
 @twin("decode")
 @torch.no_grad()
 def generate(model: GPT, tokens: Tensor, lengths: Tensor, max_new_tokens: int, stop: int = -1,
@@ -521,8 +483,7 @@ def generate(model: GPT, tokens: Tensor, lengths: Tensor, max_new_tokens: int, s
     """Continue prompts (B, T), padded on the right to `lengths` (B,), until each has said `stop`.
 
     `choose` makes tokens (B,) of log-probabilities (B, V); without it the likeliest is taken. Returns the new tokens
-    (B, <= max_new_tokens), where a row that has said `stop` repeats it, and the summed log-probability of each row's
-    tokens up to its `stop` (B,). Every token costs a pass over all that stands before it.
+    (B, <= max_new_tokens), padded with `stop`, and the summed log-probability of each row's tokens (B,).
     """
     tokens, rows, start = F.pad(tokens, (0, max_new_tokens)), torch.arange(len(tokens), device=tokens.device), lengths
     total, done = torch.zeros(len(tokens), device=tokens.device), torch.zeros_like(lengths, dtype=torch.bool)
@@ -536,16 +497,13 @@ def generate(model: GPT, tokens: Tensor, lengths: Tensor, max_new_tokens: int, s
     new = torch.arange(int((lengths - start).max()), device=tokens.device)
     return tokens.gather(1, start[:, None] + new), total
 
-
 # == GRIDS ============================================================================================================
-
 
 def encode_grid(grid: Grid) -> np.ndarray:
     """Cells row by row, ROW after each: (height * (width + 1),) int64."""
     cells = np.full((grid.shape[0], grid.shape[1] + 1), ROW, dtype=np.int64)
     cells[:, :-1] = grid
     return cells.ravel()
-
 
 def encode_pairs(pairs: list[tuple[Grid, Grid | None]], task_token: int) -> tuple[np.ndarray, np.ndarray]:
     """A task as tokens (n,) int64, and which of them belong to an answer (n,) bool.
@@ -561,11 +519,9 @@ def encode_pairs(pairs: list[tuple[Grid, Grid | None]], task_token: int) -> tupl
             answer.append(np.ones(len(parts[-1]), bool))
     return np.concatenate(parts), np.concatenate(answer)
 
-
 def pair_length(pair: Pair, turned: int = 0) -> int:
     """Tokens of a whole pair in `encode_pairs`; `turned` 1 by a quarter turn, which makes columns of its rows."""
     return 3 + sum(g.size + g.shape[turned] for g in pair)
-
 
 def first_that_fits(lengths: list[int], room: int) -> int:
     """Index of the first of the pairs to show, so that these fit `room` tokens; the last one is always shown."""
@@ -574,7 +530,6 @@ def first_that_fits(lengths: list[int], room: int) -> int:
         first -= 1
         total += lengths[first]
     return first
-
 
 def decode_grid(tokens: Any) -> Grid | None:
     """The grid that an answer spells, up to its END; None where it is no grid of 1 to 30 rows and columns."""
@@ -587,14 +542,11 @@ def decode_grid(tokens: Any) -> Grid | None:
     rows = cells.reshape(-1, width + 1)
     return rows[:, :-1].astype(np.uint8) if (rows[:, :-1] < 10).all() and (rows[:, -1] == ROW).all() else None
 
-
 # == DATA =============================================================================================================
-
 
 def digest(parts: Any) -> str:
     """Sixteen hexadecimal digits for some bytes."""
     return hashlib.sha256(b"|".join(parts)).hexdigest()[:16]
-
 
 class Loader:
     """Batches in an order that is a function of (seed, epoch), over effective batches.
@@ -641,7 +593,6 @@ class Loader:
         """Go on from `state_dict()`."""
         self.epoch, self.position = state["epoch"], state["rows"] // (self.batch_size * self.world)
 
-
 class Plan(NamedTuple):
     """How a task is shown in one epoch."""
 
@@ -651,7 +602,6 @@ class Plan(NamedTuple):
     colours: np.ndarray
     token: int  # that names the task
     length: int  # of x, in tokens
-
 
 class ArcDataLoader(Loader):
     """ARC tasks as padded token sequences.
@@ -747,7 +697,6 @@ class ArcDataLoader(Loader):
         self.dropped += sum(len(self.tasks[plan.task].pairs) - len(plan.pairs) for row in rows for plan in row)
         return torch.from_numpy(x), torch.from_numpy(y)
 
-
 class FineWebLoader(Loader):
     """Windows of block_size + 1 tokens out of shards: x (B, T) the first block_size, y (B, T) the last.
 
@@ -794,10 +743,7 @@ class FineWebLoader(Loader):
         both = torch.from_numpy(out)
         return both[:, :-1], both[:, 1:]
 
-
-
 # == CONFIG ===========================================================================================================
-
 
 @dataclass
 class TrainConfig:
@@ -808,11 +754,9 @@ class TrainConfig:
                            "(default: arc_data/arcagi, data)")
     preset: str = option("", "sizes and budget to start from: nano, small, base (arc) or nano, gpt2 (fineweb) "
                          "(default: small or gpt2 on CUDA, else nano)")
-    batch_size: int = option(16, "sequences per micro-batch and device; the effective batch is batch size x "
-                             "accumulation x devices")
-    grad_accum_steps: int = option(1, "micro-batches per optimizer step")
-    max_steps: int = option(0, "optimizer steps to train for, instead of the preset's minutes; 0: no limit but "
-                            "--max-minutes")
+    batch_size: int = option(16, "sequences per micro-batch and device")
+    grad_accum_steps: int = option(1, "micro-batches per device and optimizer step")
+    max_steps: int = option(0, "optimizer steps, instead of the preset's minutes; 0: no limit but --max-minutes")
     max_minutes: float = option(60.0, "wall-clock budget in minutes, kept across a resume; 0: no limit but --max-steps")
     max_lr: float = option(2e-3, "peak learning rate, for both optimizers")
     warmup_frac: float = option(0.02, "share of the run over which the learning rate rises from 0")
@@ -829,17 +773,15 @@ class TrainConfig:
     reset_at_document: bool = option(False, "fineweb: no document sees the one before it")
     seed: int = option(0, "of weights, order and augmentation")
     device: str = option("auto", "where to compute", "auto", "cpu", "cuda", "mps")
-    dtype: str = option("auto", "of matrix products; auto: bfloat16 on CUDA with capability >= 8.0, else float32",
-                        "auto", "float32", "bfloat16")
-    kernels: str = option("auto", "functions the model computes with: the fastest that work here, the plain ones of "
-                          "train.py, or Triton's (an error where they do not work)", "auto", "plain", "triton")
+    dtype: str = option("auto", "of products; auto: bfloat16 where it is fast", "auto", "float32", "bfloat16")
+    kernels: str = option("auto", "what computes the model; auto: the fastest functions that work here; plain: those "
+                          "of train.py; triton: Triton's, or an error", "auto", "plain", "triton")
     remat: bool = option(False, "save memory, for about a third more time: make activations again in the backward pass")
     eval_every: int = option(100, "steps between evaluations; 0: only at the end")
     save_every: int = option(100, "steps between checkpoints; 0: none by steps")
     save_minutes: float = option(10.0, "minutes between checkpoints, whatever the steps; 0: none by minutes")
     wandb: bool = option(False, "also log to Weights & Biases (pip install wandb)")
     out_dir: str = option("", "run folder (default: the first free of runs/arc, runs/arc-2, ...)")
-
 
 _ARC = dict(vocab_size=ARC_VOCAB, grid=True, tie_embeddings=False, block_size=4096)
 _NANO = dict(d_model=128, n_head=4, d_state=32, headdim=32, d_ff=344, chunk_size=32, max_minutes=8.0, max_lr=5e-3,
@@ -854,16 +796,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "fineweb": {"nano": _NANO | dict(pattern="MMAM", batch_size=4), "gpt2": _LONG | dict(max_lr=1e-3)},
 }
 
-
 # == OPTIMIZER ========================================================================================================
-
 
 def schedule(progress: float, warmup_frac: float, decay_frac: float) -> float:
     """Share of the peak learning rate at a progress from 0 to 1: linear warm-up, stable, linear decay to 0."""
     up = (progress + 1e-3) / (warmup_frac + 1e-3)
     down = (1 - progress) / max(decay_frac, 1e-9)
     return max(0.0, min(1.0, up, down))
-
 
 class NorMuon(torch.optim.Optimizer):
     """Muon (Jordan 2024) with a second moment per neuron (NorMuon, Li et al. 2025, arXiv:2510.05491), for matrices.
@@ -909,7 +848,6 @@ class NorMuon(torch.optim.Optimizer):
                 U *= 0.2 * math.sqrt(n * m) / U.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-8)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, list(U), alpha=-group["lr"])
-
 
 class Optimizers:
     """NorMuon for hidden matrices, AdamW for the rest. Fused projections are split into the matrices they hold.
@@ -966,7 +904,6 @@ class Optimizers:
             part.grad = None
 
     def state_dict(self) -> list[dict]:
-        """The state of both, in order."""
         return [o.state_dict() for o in self.all]
 
     def load_state_dict(self, states: list[dict]) -> None:
@@ -974,9 +911,7 @@ class Optimizers:
         for o, s in zip(self.all, states, strict=True):
             o.load_state_dict({"state": s["state"], "param_groups": o.state_dict()["param_groups"]})
 
-
 # == RUN ==============================================================================================================
-
 
 @dataclass
 class Runtime:
@@ -999,8 +934,7 @@ class Runtime:
         world = max(1, int(os.environ.get("WORLD_SIZE") or 1)) if distributed else 1  # torchrun's variables
         rank, local = (int(os.environ.get(name) or 0) * (world > 1) for name in ("RANK", "LOCAL_RANK"))
         device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-        bf16 = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if bf16 else torch.float32
+        dtype = pick_dtype(device) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
         if kind == "cuda":
             torch.cuda.set_device(device)
         ops = pick_ops(device, dtype, cfg.kernels)
@@ -1027,16 +961,20 @@ class Runtime:
 
     def describe(self) -> str:
         """One line for the log: device, precision, ops, versions."""
-        cuda, threads = self.device.type == "cuda", f"{platform.machine()}, {torch.get_num_threads()} threads"
+        cuda, threads = self.device.type == "cuda", f"{torch.get_num_threads()} threads"
         name = torch.cuda.get_device_name(self.device) if cuda else threads
         kind = f"{f'{self.world} x ' if self.world > 1 else ''}{self.device.type} ({name}), {str(self.dtype)[6:]}"
         return f"{kind}, {self.ops.name}, torch {torch.__version__}"
 
+@twin("kernels")
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """What --dtype auto means: bfloat16 where the GPU has it, else float32."""
+    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 @twin("runs")
 def hold(folder: Path) -> Any:
     """Keep other processes out of a run folder for as long as the result lives. The plain version keeps nobody out."""
-
 
 @twin("runs")
 def watch_signals() -> Any:
@@ -1044,8 +982,7 @@ def watch_signals() -> Any:
 
     In the plain version Ctrl-C ends the run as it ends any program; what was saved stays.
     """
-    return contextlib.nullcontext(SimpleNamespace(up=False, at_once=contextlib.nullcontext))
-
+    return contextlib.nullcontext(argparse.Namespace(up=False, at_once=contextlib.nullcontext))
 
 @twin("runs")
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -1053,12 +990,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
-
 @twin("runs")
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The last checkpoint of a run, on the CPU."""
     return torch.load(path, map_location="cpu", weights_only=True)
-
 
 @twin("runs")
 def open_log(folder: Path, step: int, config: dict[str, Any]) -> Callable:
@@ -1069,13 +1004,11 @@ def open_log(folder: Path, step: int, config: dict[str, Any]) -> Callable:
     file = open(path, "a", encoding="utf-8", buffering=1)
     return lambda **values: print(json.dumps(values), file=file)
 
-
 @twin("runs")
 def new_run_folder(cfg: TrainConfig) -> Path:
     """The folder of a fresh run: the one named, or the first free name under runs/."""
     names = (f"runs/{cfg.dataset}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
     return Path(cfg.out_dir) if cfg.out_dir else next(Path(name) for name in names if not Path(name).exists())
-
 
 @dataclass
 class Data:
@@ -1089,7 +1022,6 @@ class Data:
     pairs: list[str] = field(default_factory=list)  # canonical hashes of every pair that may be supervised
     bytes_per_token: float = math.nan  # text: of the validation shard
     tokenizer: Any = None  # text: tiktoken's, where its vocabulary can be had
-
 
 def open_arc(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: dict[str, int]) -> Data:
     """ARC loaders; writes the official tasks to arc_data/ the first time. Sets the number of task tokens."""
@@ -1113,7 +1045,6 @@ def open_arc(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: 
                 f"{model_cfg.block_size} tokens")
     return data
 
-
 def open_text(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: dict[str, int],
               names: list[str] | None) -> Data:
     """FineWeb-Edu loaders, of just these training shards where `names` is given; the tokenizer, if it can be had."""
@@ -1135,7 +1066,6 @@ def open_text(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order:
         data.bytes_per_token = bytes_per_token(data.tokenizer, max(data.val.shards, key=len)[:2_000_000])
     return data
 
-
 def open_data(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, names: list[str] | None = None) -> Data:
     """Loaders for the dataset; ranks and micro-batches are slices of one effective batch."""
     order = dict(seed=cfg.seed, grad_accum_steps=cfg.grad_accum_steps, rank=runtime.rank, world_size=runtime.world)
@@ -1143,9 +1073,7 @@ def open_data(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, names:
         return open_arc(model_cfg, cfg, runtime, order)
     return open_text(model_cfg, cfg, runtime, order, names)
 
-
 # == STEP =============================================================================================================
-
 
 @twin("memory")
 def mean_loss(network: nn.Module, batches: list[tuple[Tensor, Tensor]], runtime: Runtime, learn: bool = True) -> Tensor:
@@ -1169,7 +1097,6 @@ def mean_loss(network: nn.Module, batches: list[tuple[Tensor, Tensor]], runtime:
         torch.distributed.all_reduce(mean)
     return mean
 
-
 def optimizer_step(network: nn.Module, optimizers: Optimizers, batches: list[tuple[Tensor, Tensor]], lr: float,
                    cfg: TrainConfig, runtime: Runtime) -> tuple[float, float]:
     """One step on an effective batch: its loss and gradient norm. Where either is not finite, no weight is changed."""
@@ -1181,7 +1108,6 @@ def optimizer_step(network: nn.Module, optimizers: Optimizers, batches: list[tup
     network.zero_grad(set_to_none=True)
     return loss, norm
 
-
 def next_batches(loader: Loader, iterator: Any) -> tuple[list[tuple[Tensor, Tensor]], Any]:
     """The micro-batches of one optimizer step, and the iterator to go on with: a new one where an epoch ended."""
     batches: list[tuple[Tensor, Tensor]] = []
@@ -1192,23 +1118,19 @@ def next_batches(loader: Loader, iterator: Any) -> tuple[list[tuple[Tensor, Tens
             iterator = iter(loader)
     return batches, iterator
 
-
 # == EVALUATE =========================================================================================================
 
-
-def validation_loss(model: GPT, loader: Loader, runtime: Runtime, batches: int = 1_000_000) -> float:
+def validation_loss(model: GPT, loader: Loader, runtime: Runtime, batches: int | None = None) -> float:
     """Mean cross-entropy in nats over the supervised tokens of the loader's first batches, on this rank alone."""
     loader.epoch = loader.position = 0
     alone = dataclasses.replace(runtime, world=1)
     return mean_loss(model, list(itertools.islice(loader, batches)), alone, learn=False).item()
-
 
 def make_prompt(task: Task, block_size: int, task_tokens: dict[str, int]) -> np.ndarray:
     """The prompt of a question, with as many of its last demonstrations as block_size holds, but at least one."""
     *shown, (query, _) = task.pairs
     first = first_that_fits([pair_length(p) for p in shown], block_size - 3 - len(encode_grid(query)))
     return encode_pairs(task.pairs[first:], task_tokens.get(base_task(task.name), UNKNOWN_TASK))[0]
-
 
 @twin("decode")
 def answer_prompts(model: GPT, prompts: list[np.ndarray], runtime: Runtime, max_new_tokens: int,
@@ -1225,7 +1147,6 @@ def answer_prompts(model: GPT, prompts: list[np.ndarray], runtime: Runtime, max_
         answers.append((decode_grid(new[0].tolist()), logp.item()))
     return answers
 
-
 def score_answers(predicted: list[Grid | None], answers: list[Grid]) -> dict[str, float]:
     """Shares, 0 to 1: outputs exactly right, of the right shape, and right cells (none where the shape is wrong)."""
     shape = [p is not None and p.shape == a.shape for p, a in zip(predicted, answers, strict=True)]
@@ -1236,20 +1157,10 @@ def score_answers(predicted: list[Grid | None], answers: list[Grid]) -> dict[str
         "cell_accuracy": sum(right) / sum(a.size for a in answers),
     }
 
-
+@twin("decode")
 def continue_text(model: GPT, data: Data, runtime: Runtime) -> str:
-    """The first 24 tokens of the validation shard and 48 drawn behind them, the same draw every time."""
-    prompt, generator = max(data.val.shards, key=len)[:24].astype(np.int64), torch.Generator().manual_seed(0)
-
-    def choose(logp: Tensor) -> Tensor:
-        p = (logp[:, : data.tokenizer.n_vocab].cpu().nan_to_num(neginf=-1e9) / 0.8).softmax(-1)
-        return torch.multinomial(p, 1, generator=generator)[:, 0].to(logp.device)
-
-    tokens = torch.from_numpy(prompt)[None].to(runtime.device)
-    with runtime.autocast():
-        new, _ = generate(model, tokens, torch.full_like(tokens[:, 0], len(prompt)), 48, choose=choose)
-    return " | ".join(data.tokenizer.decode(part.tolist()) for part in (prompt, new[0]))
-
+    """How the model goes on behind the start of the validation shard. The plain version draws nothing."""
+    return ""
 
 def answer_questions(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder: Path) -> dict[str, float]:
     """Scores of greedy answers to the held-out questions; the answers go to `predictions.json`."""
@@ -1264,14 +1175,12 @@ def answer_questions(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime,
     write_json(folder / "predictions.json", shown)
     return score_answers(predicted, data.answers)
 
-
 def evaluate(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder: Path) -> dict[str, Any]:
-    """Validation loss; for ARC, solve rate, shape and cell accuracy; for text, bits per byte and a sample, where the
-    tokenizer is at hand."""
+    """Validation loss; for ARC, what `score_answers` counts; for text, if its tokenizer is at hand, bits per byte."""
     if data.val is None:
         return {}
     model.eval()
-    batches = 1_000_000 if data.questions else math.ceil(128 / cfg.batch_size)  # all questions, or 128 windows of text
+    batches = None if data.questions else math.ceil(128 / cfg.batch_size)  # all questions, or 128 windows of text
     found: dict[str, Any] = {"val_loss": validation_loss(model, data.val, runtime, batches)}
     if data.tokenizer:
         found["bits_per_byte"] = found["val_loss"] / math.log(2) / data.bytes_per_token
@@ -1281,9 +1190,7 @@ def evaluate(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder:
     model.train()
     return found
 
-
 # == TRAIN ============================================================================================================
-
 
 @twin("memory")
 def build_model(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime) -> GPT:
@@ -1294,11 +1201,9 @@ def build_model(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime) -> G
     model.remat = cfg.remat
     return model
 
-
 @twin("memory")
 def fit_to_memory(model: GPT, optimizers: Optimizers, cfg: TrainConfig, runtime: Runtime) -> None:
     """Cut micro-batches until a step fits the memory, before the clock starts. Here --batch-size is trusted."""
-
 
 def snapshot(model: GPT, optimizers: Optimizers, loader: Loader, step: int, minutes: float, skipped: int,
              cfg: TrainConfig) -> dict[str, Any]:
@@ -1310,7 +1215,6 @@ def snapshot(model: GPT, optimizers: Optimizers, loader: Loader, step: int, minu
         "config": {"model": asdict(model.config), "train": asdict(cfg)},
     }
 
-
 @twin("runs")
 def restore(state: dict, folder: Path, model: GPT, optimizers: Optimizers, loader: Loader) -> tuple[int, float, int]:
     """Undo `snapshot`: step, minutes spent and steps skipped."""
@@ -1321,12 +1225,6 @@ def restore(state: dict, folder: Path, model: GPT, optimizers: Optimizers, loade
     if torch.cuda.is_initialized() and state["rng"]["cuda"] is not None:
         torch.cuda.set_rng_state(state["rng"]["cuda"])
     return int(state["step"]), float(state["minutes"]), int(state["skipped"])
-
-
-def due(step: int, every: int) -> bool:
-    """Whether something that is done every so many steps (0: never) is to be done now."""
-    return step > 0 and every > 0 and step % every == 0
-
 
 def finish(folder: Path, data: Data, found: dict[str, Any], step: int, minutes: float, skipped: int) -> None:
     """The summary, which `grep` finds, and the pictures."""
@@ -1345,7 +1243,6 @@ def finish(folder: Path, data: Data, found: dict[str, Any], step: int, minutes: 
             print(f"{'picture:':<18}{picture}")
     except Exception as error:  # a run that ended well does not end in a traceback for a picture
         print(f"{'picture:':<18}none ({reason(error)})")
-
 
 def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool = False) -> None:
     """Train in `folder` until the budget is spent or a signal comes; go on from its checkpoint if `resume`."""
@@ -1382,11 +1279,12 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
             minutes, stopping = runtime.all_max(before + (time.monotonic() - began) / 60, stop.up)
             progress = max(step / (cfg.max_steps or math.inf), minutes / (cfg.max_minutes or math.inf))
             done = progress >= 1
-            evaluates = not stopping and (done or due(step, cfg.eval_every))
+            due = [step > 0 and every > 0 and step % every == 0 for every in (cfg.eval_every, cfg.save_every)]
+            evaluates = not stopping and (done or due[0])
 
             # once in a while save: before every evaluation, which may take long, and at the end
             late = 0 < cfg.save_minutes <= minutes - saved_at
-            if (done or stopping or evaluates or late or step == 0 or due(step, cfg.save_every)) and step != saved:
+            if (done or stopping or evaluates or late or step == 0 or due[1]) and step != saved:
                 if runtime.rank == 0:
                     save_checkpoint(folder / "checkpoint.pt",
                                     snapshot(model, optimizers, data.train, step, minutes, skipped, cfg))
@@ -1438,14 +1336,12 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
         gc.collect()
         torch.distributed.destroy_process_group()
 
-
 # == CLI ==============================================================================================================
 
 @twin("runs")
 def config_problems(model_cfg: ModelConfig, cfg: TrainConfig) -> list[str]:
     """A line for everything that is wrong with these settings. The plain version finds nothing."""
     return []
-
 
 def make_config(given: dict[str, Any], has_gpu: bool) -> tuple[ModelConfig, TrainConfig]:
     """Defaults, then the preset's values, then the flags given; UserError with every problem of the result."""
@@ -1462,13 +1358,11 @@ def make_config(given: dict[str, Any], has_gpu: bool) -> tuple[ModelConfig, Trai
         raise UserError("\n".join(found))
     return model_cfg, cfg
 
-
 @twin("runs")
 def resume_config(given: dict[str, Any]) -> tuple[ModelConfig, TrainConfig]:
     """A run's recorded settings, but for the flags given."""
     config = json.loads((Path(given["out_dir"]) / "config.json").read_text(encoding="utf-8"))
     return ModelConfig(**config["model"]), TrainConfig(**config["train"] | given)
-
 
 def make_parser() -> Parser:
     """Flags from the fields of TrainConfig and ModelConfig; only flags that were given end up in the namespace."""
@@ -1481,7 +1375,6 @@ def make_parser() -> Parser:
                         "settings; --max-steps or --max-minutes given again extends it; data, device, precision and "
                         "intervals may change too")
     return parser
-
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when the run ended or was saved, 2 with one line for each problem."""
@@ -1496,7 +1389,6 @@ def main(argv: list[str] | None = None) -> int:
         train(model_cfg, cfg, Path(cfg.out_dir) if resume else new_run_folder(cfg), resume)
 
     return run_script("train.py", work, memory="lower --block-size or --d-model")
-
 
 if __name__ == "__main__":
     sys.modules["train"] = sys.modules["__main__"]  # what extras/ imports is this very module
