@@ -7,21 +7,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import random_tasks, sequence, tiny_config, tiny_model
+from helpers import CPU, one_thread, random_tasks, sequence, tiny_config, tiny_model  # noqa: F401
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from train import GPT, IGNORE_INDEX, UNKNOWN_TASK, ArcDataLoader, CrossEntropy, Documents, GridLayout, same_document
+from train import GPT, IGNORE_INDEX, PLAIN, UNKNOWN_TASK, ArcDataLoader, GridLayout, pick_ops
 
 EOT = 60
+FAST = pick_ops(CPU, torch.float32, "auto")
+every_table = pytest.mark.parametrize("ops", [PLAIN, FAST], ids=["plain", "fast"])
+either = pytest.mark.parametrize("grid", [True, False], ids=["grid", "text"])
 
 
-def grid_documents(seed: int, count: int) -> list[torch.Tensor]:
-    tasks = random_tasks(count, seed, pairs=(1, 3))
-    return [torch.from_numpy(sequence(t.pairs, UNKNOWN_TASK + i % 3)) for i, t in enumerate(tasks)]
-
-
-def text_documents(seed: int, count: int) -> list[torch.Tensor]:
+def some_documents(grid: bool, seed: int, count: int) -> list[torch.Tensor]:
+    """ARC tasks, or texts that begin with end-of-text."""
+    if grid:
+        tasks = random_tasks(count, seed, pairs=(1, 3))
+        return [torch.from_numpy(sequence(t.pairs, UNKNOWN_TASK + i % 3)) for i, t in enumerate(tasks)]
     rng = np.random.default_rng(seed)
-    return [torch.from_numpy(np.append(EOT, rng.integers(0, EOT, int(n)))) for n in rng.integers(1, 60, count)]
+    return [torch.from_numpy(np.append(EOT, rng.integers(0, EOT, int(n)))) for n in rng.integers(0, 60, count)]
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -29,39 +33,38 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
 
 
-def model_that_resets(pattern: str, grid: bool) -> GPT:
-    model = tiny_model(pattern, grid)
-    model.config.document_token = UNKNOWN_TASK if grid else EOT
+def model_that_resets(pattern: str, grid: bool, ops=PLAIN) -> GPT:
+    model = tiny_model(pattern, grid, document_token=UNKNOWN_TASK if grid else EOT)
+    model.use(ops)
     return model
 
 
+@either
+@every_table
 @pytest.mark.parametrize("pattern", ["MMMM", "AAAA", "MAMA"])
-@pytest.mark.parametrize("grid", [True, False])
-def test_packed_documents_are_computed_as_if_alone(pattern, grid):
-    documents = grid_documents(0, 5) if grid else text_documents(0, 7)
+@settings(max_examples=2)
+@given(seed=st.integers(0, 100), count=st.integers(2, 7))
+def test_packed_documents_are_computed_as_if_alone(pattern, grid, ops, seed, count):
+    documents = some_documents(grid, seed, count)
     packed = torch.cat(documents)[None]
     targets = packed.roll(-1).clamp(max=15)
-    model = model_that_resets(pattern, grid)
-    whole, separate = model.hidden(packed), [model.hidden(d[None]) for d in documents]
-    assert relative(whole, torch.cat(separate, dim=1)) < 1e-5
+    model = model_that_resets(pattern, grid, ops)
+    assert relative(model.hidden(packed), torch.cat([model.hidden(d[None]) for d in documents], dim=1)) < 1e-5
     model(packed, targets)[1].backward()
     together = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    first = 0
-    for d in documents:
-        t = targets[:, first : first + len(d)]
-        (model(d[None], t)[1] * len(d) / packed.numel()).backward()
-        first += len(d)
+    for d, t in zip(documents, targets[0].split([len(d) for d in documents]), strict=True):
+        (model(d[None], t[None])[1] * len(d) / packed.numel()).backward()
     for one, (name, p) in zip(together, model.named_parameters(), strict=True):
         assert relative(one, p.grad) < 1e-4, name
 
 
-def test_rows_pack_differently_and_what_follows_is_not_seen():
-    a, b, c, d = text_documents(1, 4)
-    model = model_that_resets("MAMA", False)
+@every_table
+def test_rows_pack_differently_and_what_follows_is_not_seen(ops):
+    a, b, c, d = some_documents(False, 1, 4)
+    model = model_that_resets("MAMA", False, ops)
     rows = [torch.cat([a, b]), torch.cat([c, d, a])]
-    n = max(map(len, rows))
-    x = torch.stack([F.pad(r, (0, n - len(r))) for r in rows])
+    x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     h = model.hidden(x)
     assert relative(h[0, len(a) : len(a) + len(b)], model.hidden(b[None])[0]) < 1e-5
     assert relative(h[1, len(c) + len(d) : len(rows[1])], model.hidden(a[None])[0]) < 1e-5
@@ -70,10 +73,9 @@ def test_rows_pack_differently_and_what_follows_is_not_seen():
 
 
 def test_layout_of_packed_grids_is_that_of_each_alone():
-    documents = grid_documents(2, 4)
-    packed = torch.cat(documents)[None]
-    ids = ((packed >= UNKNOWN_TASK).cumsum(1) - 1).long()
-    layout, first = GridLayout.of(packed, ids), 0
+    documents = some_documents(True, 2, 4)
+    packed, first = torch.cat(documents)[None], 0
+    layout = GridLayout.of(packed, (packed >= UNKNOWN_TASK).cumsum(1) - 1)
     near = layout.neighbourhood(packed)
     for d in documents:
         alone, span = GridLayout.of(d[None]), slice(first, first + len(d))
@@ -83,14 +85,15 @@ def test_layout_of_packed_grids_is_that_of_each_alone():
         first += len(d)
 
 
-def test_flex_attention_sees_what_the_segments_see():
+@every_table
+def test_attention_sees_what_flex_attention_sees(ops):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch.manual_seed(0)
     ids = torch.stack([torch.arange(128) // 40, torch.arange(128) // 90])
     q, k, v = torch.randn(3, 2, 2, 128, 16)
-    mask = create_block_mask(same_document(ids), 2, None, 128, 128, device="cpu")
-    torch.testing.assert_close(Documents(ids).attend(q, k, v), flex_attention(q, k, v, block_mask=mask))
+    mask = create_block_mask(lambda b, h, i, j: (i >= j) & (ids[b, i] == ids[b, j]), 2, None, 128, 128, device="cpu")
+    torch.testing.assert_close(ops.attention(q, k, v, ids), flex_attention(q, k, v, block_mask=mask))
 
 
 @pytest.mark.parametrize("rows, vocabulary", [(1, 7), (50, 16), (700, 9000)])
@@ -101,18 +104,18 @@ def test_loss_in_slabs_is_the_plain_loss(rows, vocabulary):
     targets[1::3] = IGNORE_INDEX
     plain = F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE_INDEX)
     expected = torch.autograd.grad(3 * plain, (hidden, weight))
-    loss = CrossEntropy.apply(hidden, weight, targets)
+    loss = FAST.linear_cross_entropy(hidden, weight, targets)
     found = torch.autograd.grad(3 * loss, (hidden, weight))
     torch.testing.assert_close(loss, plain)
     assert all(relative(a, b) < 1e-5 for a, b in zip(found, expected, strict=True))
     with torch.no_grad():
-        torch.testing.assert_close(CrossEntropy.apply(hidden, weight, targets), plain)
+        torch.testing.assert_close(FAST.linear_cross_entropy(hidden, weight, targets), plain)
 
 
-@pytest.mark.parametrize("grid", [True, False])
+@either
 def test_remat_changes_nothing(grid):
-    x = torch.cat(grid_documents(3, 2) if grid else text_documents(3, 5))[None]
-    grads = []
+    """Not even where dropout draws."""
+    x, grads = torch.cat(some_documents(grid, 3, 3))[None], []
     for remat in (False, True):
         torch.manual_seed(0)
         model = GPT(tiny_config("MAMA", grid, dropout=0.2))
@@ -120,8 +123,7 @@ def test_remat_changes_nothing(grid):
         torch.manual_seed(1)
         model(x, x.clamp(max=15))[1].backward()
         grads.append([p.grad for p in model.parameters()])
-    for a, b in zip(*grads, strict=True):
-        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def parts(x: torch.Tensor, y: torch.Tensor) -> list[tuple[list[int], list[int]]]:
@@ -152,6 +154,6 @@ def test_packed_rows_are_other_companies_every_epoch():
     loader = ArcDataLoader(tasks, 2, 512, task_tokens={t.name: 17 + i for i, t in enumerate(tasks)}, packed=True)
     companies = []
     for _ in range(2):
-        companies.append({row for batch in loader.batches() for row in batch})
+        companies.append({frozenset(plan.task for plan in row) for batch in loader.batches() for row in batch})
         list(loader)
     assert len(companies[0] & companies[1]) < len(companies[0]) / 4
