@@ -45,7 +45,9 @@ def free_memory() -> float:
         limit, used = (int((group / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
         stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
         found.append(limit - used + int(stat["inactive_file"]))  # files read before can be given back
-    return min(found) / int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    with contextlib.suppress(KeyError, ValueError):  # processes that torchrun has started here
+        return min(found) / max(1, int(os.environ["LOCAL_WORLD_SIZE"]))
+    return min(found)
 
 
 @functools.cache
@@ -76,16 +78,17 @@ def on_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any
 
 def split_batches(batches: list[Batch], pieces: int, trim: bool) -> list[Batch]:
     """Each micro-batch cut into so many of fewer rows. With `trim`, rows of similar length go together, and a piece
-    ends with its last supervised token, because what comes behind that changes no loss."""
+    ends with its last supervised token, because what comes behind that changes no loss. A piece without any is left
+    out, because a mean over nothing is not a number."""
     found = []
     for x, y in batches:
+        last = torch.arange(1, y.shape[1] + 1).mul(y != IGNORE_INDEX).amax(1)  # (B,)
         if trim:
-            last = torch.arange(1, y.shape[1] + 1).mul(y != IGNORE_INDEX).amax(1)  # (B,)
             order = last.argsort(descending=True, stable=True)
             x, y, last = x[order], y[order], last[order]
         for part in torch.arange(len(x)).chunk(pieces):
-            end = max(1, int(last[part[0]])) if trim else x.shape[1]
-            found.append((x[part, :end], y[part, :end]))
+            if end := int(last[part].max()):
+                found.append((x[part, : end if trim else None], y[part, : end if trim else None]))
     return found
 
 
@@ -139,7 +142,8 @@ def shared_mean_loss(model: GPT, pieces: list[Batch], runtime: Runtime, learn: b
 
 def check_room(model_cfg: ModelConfig) -> None:
     """UserError if not even the weights of such a model fit in memory."""
-    with torch.device("meta"):
+    needed = math.inf
+    with torch.device("meta"), contextlib.suppress(RuntimeError):  # of numbers beyond 64 bits
         needed = sum(p.nbytes for p in GPT(model_cfg).parameters())
     if needed > (free := free_memory()):
         raise UserError(f"a model of these sizes has {needed / 1e9:,.1f} GB of weights where {free / 1e9:,.1f} GB of "
@@ -152,6 +156,12 @@ def build_model(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime) -> G
     return train.build_model.plain(model_cfg, cfg, runtime)
 
 
+def no_room(model: GPT) -> UserError:
+    """What to say if nothing is left to reduce."""
+    return UserError(f"one sequence of {model.config.block_size} tokens does not fit in memory, even with --remat; "
+                     "lower --block-size, --d-model or the number of layers")
+
+
 def use_less_memory(model: nn.Module, runtime: Runtime, rows: int) -> None:
     """Half as many sequences at a time, then activations made again; UserError if nothing is left to reduce."""
     model = getattr(model, "module", model)  # of DistributedDataParallel
@@ -160,15 +170,14 @@ def use_less_memory(model: nn.Module, runtime: Runtime, rows: int) -> None:
     elif not model.remat:
         model.remat = True
     else:
-        raise UserError(f"one sequence of {model.config.block_size} tokens does not fit in memory, even with "
-                        "--remat; lower --block-size, --d-model or the number of layers")
+        raise no_room(model)
     again = ", activations made again in the backward pass (--remat)" if model.remat else ""
     runtime.say(f"memory      too small for that: {math.ceil(rows / runtime.pieces)} sequences at a time{again}; the "
                 "effective batch stays as it is")
 
 
-def activation_bytes(model: GPT) -> int:
-    """What the backward pass of one sequence of block_size tokens keeps, apart from the weights; float32, measured."""
+def activation_bytes(model: GPT, length: int = 0) -> int:
+    """What the backward pass of one sequence keeps, apart from the weights; float32, measured. length: block_size."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -176,7 +185,7 @@ def activation_bytes(model: GPT) -> int:
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    tokens = torch.zeros(1, model.config.block_size, dtype=torch.long)
+    tokens = torch.zeros(1, length or model.config.block_size, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         loss = model(tokens, tokens)[1]
     del loss
@@ -190,7 +199,11 @@ def fit_to_cpu(model: GPT, cfg: TrainConfig, runtime: Runtime) -> None:
         runtime.pieces = min(rows, 2 * cores())
         torch.set_num_threads(1)  # also for what is left to this thread
     room = free_memory() - 4 * sum(p.nbytes for p in model.parameters())  # gradients, the optimizers' state, transients
-    one = full = activation_bytes(model)
+    longest, short = model.config.block_size, min(256, model.config.block_size)
+    least = activation_bytes(model, short) * longest // short
+    if least > room * len(model.blocks):
+        raise no_room(model)
+    one = full = least if least > room else activation_bytes(model)  # measuring takes as much
     while math.ceil(rows / runtime.pieces) * (cores() if shared else 1) * one * 1.5 > room:
         use_less_memory(model, runtime, rows)
         if model.remat:  # and one block's activations and transients come again in the backward pass
