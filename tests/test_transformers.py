@@ -1,18 +1,18 @@
-"""The whole text model against GraniteMoeHybridForCausalLM of transformers, weights renamed as export.py does."""
+"""The whole text model against GraniteMoeHybridForCausalLM of transformers, weights renamed as tools/export.py does."""
 
 import dataclasses
 
 import pytest
 import torch
 import upstream
+from helpers import CPU, PATTERNS, one_thread  # noqa: F401
 from upstream import randomise, relative_error
 
-from export import hf_config, hf_weights
-from train import GPT, ModelConfig
+from tools.export import hf_config, hf_weights
+from train import GPT, PLAIN, ModelConfig, generate, pick_ops
 
-CONFIG = ModelConfig(
-    vocab_size=97, block_size=128, d_model=64, pattern="MMAM", n_head=4, d_state=16, headdim=16, d_ff=96
-)
+CONFIG = ModelConfig(97, 128, d_model=64, pattern="MMAM", n_head=4, d_state=16, headdim=16, d_ff=96)
+TABLES = PLAIN, pick_ops(CPU, torch.float32, "auto")
 
 
 def pair(pattern, seed=0):
@@ -32,22 +32,26 @@ def random_tokens(length, batch=2, seed=1):
 
 
 @pytest.mark.parametrize("length", (1, 64, 128))
-@pytest.mark.parametrize("pattern", ("MMAM", "MAMA", "MMMM", "AAAA"))
+@pytest.mark.parametrize("pattern", PATTERNS)
 @torch.no_grad()
 def test_logits(pattern, length):
     ours, theirs = pair(pattern)
     tokens = random_tokens(length)
-    logits, loss = ours(tokens)
     expected = theirs(tokens).logits
-    assert loss is None
     assert 0.5 < expected.std() < 5, "logits at a scale where 1e-4 means something"
-    assert (logits - expected).abs().max() <= 1e-4
-    assert relative_error(logits, expected) <= 1e-5
+    for ops in TABLES:
+        ours.use(ops)
+        logits, loss = ours(tokens)
+        assert loss is None
+        assert (logits - expected).abs().max() <= 1e-4
+        assert relative_error(logits, expected) <= 1e-5
 
 
-def test_loss_and_gradients():
+@pytest.mark.parametrize("ops", TABLES, ids=["plain", "fast"])
+def test_loss_and_gradients(ops):
     """Targets are the next tokens, some without loss; theirs shifts by itself. Gradients are compared by our names."""
     ours, theirs = pair("MMAM")
+    ours.use(ops)
     tokens = random_tokens(100)
     labels = tokens.clone()
     labels[0, 20:40] = labels[1, 90:] = -100
@@ -71,10 +75,10 @@ def test_same_number_of_parameters():
 
 @torch.no_grad()
 def test_greedy_continuation():
-    """Every token that our incremental decoding picks is the one their full pass over the text so far likes best."""
+    """Every token that we pick from carried states is the one that their pass over the text so far likes best."""
     ours, theirs = pair("MMAM")
     tokens = random_tokens(9)
-    new, _ = ours.generate(tokens, max_new_tokens=12)
+    new, _ = generate(ours, tokens, torch.tensor([9, 9]), 12)
     assert new.shape == (2, 12)
     logits = theirs(torch.cat([tokens, new], dim=1)).logits[:, 8:-1]
     assert (logits.amax(-1) - logits.gather(-1, new[..., None])[..., 0]).max() <= 1e-4
