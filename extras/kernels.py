@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
-import math
+import time
 from collections.abc import Iterator
 
 import torch
@@ -172,140 +172,184 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None 
 
 # == SCAN =============================================================================================================
 
+STEEPEST, LONGEST = 30.0, 120.0  # largest decay, as minus its logarithm, of one step and of one chunk
+
+
+class Chunks:
+    """The chunks of q positions of all rows, and how decay is taken apart within each.
+
+    With a the running sum of dt * A in a chunk and `middle` half of its last, the decay from position j to i is
+    exp(a_i - middle) * exp(middle - a_j), where neither factor can overflow. States are kept at the middles: `over` is
+    the decay from one middle to the next. With seq_idx, nothing passes from one sequence to another.
+    """
+
+    def __init__(self, da: Tensor, q: int, seq_idx: Tensor | None, p: int):
+        pad, self.q, self.t, self.seq = -da.shape[1] % q, q, da.shape[1], None
+        a = F.pad(da, (0, 0, 0, pad)).unflatten(1, (-1, q)).cumsum(2)  # (b, c, q, h)
+        middle = a[:, :, -1:] / 2
+        self.into, self.back = (a - middle).exp_(), (middle - a).exp_()  # (b, c, q, h)
+        half = middle.exp().repeat_interleave(p, dim=3)  # (b, c, 1, h * p)
+        self.first, self.over = half[:, 0], half * F.pad(half[:, 1:], (0, 0, 0, 0, 0, 1), value=1.0)
+        if seq_idx is not None:
+            seq = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], dim=1).unflatten(1, (-1, q))  # (b, c, q)
+            before = torch.cat([seq[:, :1, :1], seq[:, :-1, -1:]], dim=1)  # (b, c, 1): the id just before each chunk
+            self.seq, self.hears, self.lasts = seq, seq == before, seq == seq[:, :, -1:]
+            self.keeps = (before == seq[:, :, -1:]).float()[..., None]  # (b, c, 1, 1)
+
+    def pieces(self, b: int, width: int) -> Iterator[list[Piece]]:
+        """For some rows at a time their pieces, in order: a few whole chunks each, then perhaps a shorter one."""
+        whole, rest = divmod(self.t, self.q)
+        for rows in slabs(b, self.q * width):
+            few = list(slabs(whole, (rows.stop - rows.start) * self.q * width))
+            yield [Piece(self, rows, s, self.q) for s in few] + [Piece(self, rows, slice(whole, whole + 1), rest)
+                                                                 for _ in range(rest > 0)]
+
+
+class Piece:
+    """Some chunks of q positions of some rows; as (R, q, ...), a row for each chunk, in all that is made of them."""
+
+    def __init__(self, made: Chunks, rows: slice, chunks: slice, q: int):
+        self.made, self.chunks, self.q = made, chunks, q
+        self.states = rows, chunks
+        self.at = rows, slice(chunks.start * made.q, min(chunks.stop * made.q, made.t))
+        self.into, self.back = self.inside(made.into), self.inside(made.back)  # (R, q, h)
+
+    def of(self, v: Tensor) -> Tensor:
+        """Its part of v (b, t, ...) as (R, q, ...)."""
+        return v[self.at].float().unflatten(1, (-1, self.q)).flatten(0, 1)
+
+    def inside(self, v: Tensor) -> Tensor:
+        """Its part of v (b, c, q, ...) as (R, q, ...)."""
+        return v[self.states][:, :, : self.q].flatten(0, 1)
+
+    def whole(self, v: Tensor) -> Tensor:
+        """v (R, ...) as (rows, chunks, ...)."""
+        return v.unflatten(0, (-1, self.chunks.stop - self.chunks.start))
+
+    def couple(self, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What position i hears of j, C_i B_j, (R, q, q), and B and C as the states see them."""
+        M = torch.bmm(C, B.mT).tril_()
+        if self.made.seq is None:
+            return M, B, C
+        return self.same(M), B * self.inside(self.made.lasts)[..., None], C * self.inside(self.made.hears)[..., None]
+
+    def same(self, M: Tensor) -> Tensor:
+        """M (R, q, q) with 0 where i and j are of two sequences, in place."""
+        seq = None if self.made.seq is None else self.inside(self.made.seq)
+        return M if seq is None else M.mul_(seq[:, :, None] == seq[:, None])
+
+    def add_kept(self, to: Tensor, state: Tensor, i: int) -> Tensor:
+        """Add, in place, what chunk i of all rows lets through of a state (rows, n, h * p)."""
+        return to.add_(state) if self.made.seq is None else to.addcmul_(state, self.made.keeps[self.states[0], i])
+
 
 class ChunkScan(torch.autograd.Function):
-    """The state space dual form of Mamba-2 on whole chunks, with a backward written as matrix products.
+    """The state space dual form of Mamba-2 as matrix products over all heads at once, with such a backward.
 
-    Mirrors `ssd_minimal_discrete` of the paper (listing 1) and `_mamba_chunk_scan_combined_fwd/bwd` upstream. Goes
-    through the chunks a few at a time, so that all it makes of them stays in the processor's cache; only the states
-    between chunks are kept for the backward pass, which makes the rest again.
+    Mirrors `ssd_minimal_discrete` of the paper (listing 1) and `_mamba_chunk_scan_combined_fwd/bwd` upstream, but
+    takes the decay out of the products (see `Chunks`): M = C B^T is one matrix for all heads, where theirs have one
+    each. Goes through a few rows and chunks at a time, so that what it makes of them stays in the processor's cache.
 
-    x (B, C, Q, H, P), dt and da = dt * A (B, C, Q, H), Bm and Cm (B, C, Q, N), D (B, H), seq_idx (B, C, Q) or None,
-    initial (B, N, H * P) or None. Returns y like x and the final state (B, N, H * P).
+    x (b, t, h, p), dt and da = dt * A (b, t, h), B and C (b, t, n), D (b, h), seq_idx (b, t) or None, initial
+    (b, n, h * p) or None, q the length of a chunk. Returns y like x in float32 and the final state (b, n, h * p).
     """
 
     @staticmethod
-    def slabs(x: Tensor, seq_idx: Tensor | None) -> list[tuple[slice, Tensor | None, Tensor | None]]:
-        """A few chunks at a time: which, their seq_idx (R, Q) and that of the position before each (R, 1)."""
-        chunks = list(slabs(x.shape[1], x[:, 0].numel()))
-        if seq_idx is None:
-            return [(s, None, None) for s in chunks]
-        before = torch.cat([seq_idx[:, :1, :1], seq_idx[:, :-1, -1:]], dim=1)
-        return [(s, seq_idx[:, s].flatten(0, 1), before[:, s].flatten(0, 1)) for s in chunks]
-
-    @staticmethod
-    def decays(da: Tensor, seq: Tensor | None, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Decay into each position, from each to its chunk's end, over a chunk, and L, from each to each later one.
-
-        da (R, Q, H) -> (R, Q, H, 1), (R, Q, H, 1), (R, H, 1), (R, H, Q, Q). Nothing passes from another sequence.
-        """
-        a = da.cumsum(1).div_(math.log(2))  # exp2, because exp takes ten times as long where its result is 0
-        into, onward, over = a.exp2(), (a[:, -1:] - a).exp2_(), a[:, -1].exp2()
-        mask = torch.full((1, 1, *[a.shape[1]] * 2), -math.inf, device=a.device).triu_(1)
-        if seq is not None:
-            into *= (seq == before)[..., None]
-            onward *= (seq == seq[:, -1:])[..., None]
-            over *= seq[:, -1:] == before
-            mask = mask.masked_fill((seq[:, :, None] != seq[:, None, :])[:, None], -math.inf)
-        a = a.mT.contiguous()  # (R, H, Q)
-        return into[..., None], onward[..., None], over[..., None], (a[..., None] - a[:, :, None]).add_(mask).exp2_()
-
-    @staticmethod
-    def heads(v: Tensor) -> Tensor:
-        """(R, Q, H, P) -> (R * H, Q, P), the rows of one product per head."""
-        return v.transpose(1, 2).reshape(-1, v.shape[1], v.shape[3])
-
-    @staticmethod
-    def forward(ctx, x, dt, da, Bm, Cm, D, seq_idx, initial):
-        (b, c, q, h, p), n = x.shape, Bm.shape[-1]
-        H = x.new_zeros(b, n, h * p) if initial is None else initial
-        y, states = torch.empty_like(x), x.new_empty(b, c, n, h * p)  # the state before each chunk
-        for s, seq, before in ChunkScan.slabs(x, seq_idx):
-            xs, Bs, Cs, ys = x[:, s].flatten(0, 1), Bm[:, s].flatten(0, 1), Cm[:, s].flatten(0, 1), y[:, s]
-            into, onward, over, L = ChunkScan.decays(da[:, s].flatten(0, 1), seq, before)
-            u = xs * dt[:, s].flatten(0, 1)[..., None]
+    def forward(ctx, x, dt, da, B, C, D, seq_idx, initial, q):
+        (b, _, h, p), n, made = x.shape, B.shape[-1], Chunks(da, q, seq_idx, x.shape[3])
+        y = x.new_empty(x.shape, dtype=torch.float32)
+        states = y.new_empty(b, made.over.shape[1] + 1, n, h * p)  # at the middle of each chunk, and at the end
+        states[:, 0] = 0 if initial is None else initial * made.first
+        for piece in itertools.chain.from_iterable(made.pieces(b, h * p)):
+            xs, dts, Bs, Cs = (piece.of(v) for v in (x, dt, B, C))
+            w = (xs * (dts * piece.back)[..., None]).flatten(2)  # (R, q, h * p)
+            M, Bm, Cm = piece.couple(Bs, Cs)
             # 1. what each chunk adds to the state by its end
-            S = torch.bmm(Bs.mT, (u * onward).flatten(2))  # (R, N, H * P)
-            # 2. the state before each chunk: the only sequential part, one multiply-add per chunk
-            wide = over.expand(-1, -1, p).reshape(b, -1, 1, h * p)
-            for i, add in enumerate(S.unflatten(0, (b, -1)).unbind(1), s.start):
-                states[:, i] = H
-                H = torch.addcmul(add, H, wide[:, i - s.start])
-            # 3. what that state says to each position of the chunk
-            out = torch.bmm(Cs, states[:, s].flatten(0, 1)).view(u.shape).mul_(into)
-            # 4. what positions of the same chunk say to each other
-            M = L.mul_(torch.bmm(Cs, Bs.mT)[:, None])
-            out += torch.bmm(M.flatten(0, 1), ChunkScan.heads(u)).view(-1, h, q, p).transpose(1, 2)
-            torch.addcmul(out.view(ys.shape), x[:, s], D[:, None, None, :, None], out=ys)
-        ctx.save_for_backward(x, dt, da, Bm, Cm, D, seq_idx, states)
-        return y, H
+            added = piece.whole(torch.bmm(Bm.mT, w))  # (rows, chunks, n, h * p)
+            # 2. the state at each chunk: the only sequential part, one multiply-add per chunk
+            rows = piece.states[0]
+            for i, add in enumerate(added.unbind(1), piece.chunks.start):
+                torch.mul(piece.add_kept(add, states[rows, i], i), made.over[rows, i], out=states[rows, i + 1])
+            # 3. what that state says to each position, and 4. what those of the same chunk say
+            out = torch.bmm(Cm, states[piece.states].flatten(0, 1)).baddbmm_(M, w).view(xs.shape)
+            ys = y[piece.at]
+            out, xs = (v.view(ys.shape) for v in (out.mul_(piece.into[..., None]), xs))
+            torch.addcmul(out, xs, D[rows, None, :, None], out=ys)
+        ctx.save_for_backward(x, dt, da, B, C, D, seq_idx, states)
+        ctx.q, ctx.initial = q, initial is not None
+        return y, states[:, -1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dfinal):
-        x, dt, da, Bm, Cm, D, seq_idx, states = ctx.saved_tensors
-        b, c, q, h, p = x.shape
-        dx, ddt, dda, dB, dC, dD = (torch.empty_like(v) for v in (x, dt, da, Bm, Cm, D))
-        dH, dD = torch.zeros_like(states[:, 0]) if dfinal is None else dfinal, dD.zero_()  # gradient of the state
-        for s, seq, before in reversed(ChunkScan.slabs(x, seq_idx)):
-            xs, dts, Bs, Cs, dys, Hs = (v[:, s].flatten(0, 1) for v in (x, dt, Bm, Cm, dy, states))
-            into, onward, over, L = ChunkScan.decays(da[:, s].flatten(0, 1), seq, before)
-            u = xs * dts[..., None]
-            # 3. from each position to the state before its chunk
-            E = dys * into
-            dCs, dS = torch.bmm(E.flatten(2), Hs.mT), torch.bmm(Cs.mT, E.flatten(2))
-            dsum = E.mul_(torch.bmm(Cs, Hs).view(E.shape)).sum(-1)  # (R, Q, H), gradient of the sum of dt * A
-            # 2. from each chunk to those before it: dS becomes the gradient of the state at the end of each
-            wide = over.expand(-1, -1, p).reshape(b, -1, 1, h * p)
-            for i, at in reversed(list(enumerate(dS.unflatten(0, (b, -1)).unbind(1)))):
-                dH, end = torch.addcmul(at, dH, wide[:, i]), dH
-                at.copy_(end)
-            dsum[:, -1] += (dS * Hs).sum(1).mul_(wide.flatten(0, 2)).unflatten(1, (h, p)).sum(-1)
-            # 1. from the end of a chunk to its positions
-            W, du = u * onward, torch.bmm(Bs, dS).view(u.shape)
-            dBs = torch.bmm(W.flatten(2), dS.mT)
-            through = W.mul_(du).sum(-1)
-            dsum -= through
-            dsum[:, -1] += through.sum(1)
-            # 4. inside each chunk
-            CB, dyh = torch.bmm(Cs, Bs.mT)[:, None], ChunkScan.heads(dys)
-            dM = torch.bmm(dyh, ChunkScan.heads(u).mT).view(L.shape).mul_(L)
-            dCB, M = dM.sum(1), L.mul_(CB)
-            du = du.mul_(onward).add_(torch.bmm(M.flatten(0, 1).mT, dyh).view(-1, h, q, p).transpose(1, 2))
-            dM *= CB
-            dsum += (dM.sum(3) - dM.sum(2)).mT
-            dC[:, s], dB[:, s] = (v.view(b, -1, *v.shape[1:]) for v in (dCs + dCB @ Bs, dBs + dCB.mT @ Cs))
-            ddt[:, s] = (du * xs).sum(-1).view(b, -1, q, h)
-            dda[:, s] = dsum.flip(1).cumsum(1).flip(1).view(b, -1, q, h)
-            dD += (dys * xs).view(b, -1, h, p).sum((1, 3))
-            torch.addcmul((du * dts[..., None]).view(b, -1, q, h, p), dy[:, s], D[:, None, None, :, None], out=dx[:, s])
-        return dx, ddt, dda, dB, dC, dD, None, dH if ctx.needs_input_grad[7] else None
+        x, dt, da, B, C, D, seq_idx, states = ctx.saved_tensors
+        (b, _, h, p), made = x.shape, Chunks(da, ctx.q, seq_idx, x.shape[3])
+        grads = dx, ddt, dda, dB, dC, dD = [torch.empty_like(v) for v in (x, dt, da, B, C, D)]
+        dinitial = torch.zeros_like(states[:, 0]) if dfinal is None else dfinal.clone()
+        dD.zero_()
+        for pieces in made.pieces(b, h * p):
+            rows = pieces[0].states[0]
+            dH = dinitial[rows]  # gradient of the state at the middle of a chunk
+            for piece in reversed(pieces):
+                xs, dts, Bs, Cs, dys = (piece.of(v) for v in (x, dt, B, C, dy))
+                scale, G = (dts * piece.back)[..., None], states[piece.states].flatten(0, 1)
+                w, E = (xs * scale).flatten(2), (dys * piece.into[..., None]).flatten(2)
+                M, Bm, Cm = piece.couple(Bs, Cs)
+                # 3. and 2. from each position to the state, from each chunk to those before it
+                dG = piece.whole(torch.bmm(Cm.mT, E))
+                dS = torch.empty_like(dG)  # gradient of what each chunk adds
+                for j in reversed(range(dG.shape[1])):
+                    torch.mul(dH, made.over[rows, piece.chunks.start + j], out=dS[:, j])
+                    dH = piece.add_kept(dG[:, j], dS[:, j], piece.chunks.start + j)
+                dG, dS = dG.flatten(0, 1), dS.flatten(0, 1)
+                # 1. and 4. from the end of a chunk to its positions, and between these
+                dw = torch.bmm(Bm, dS).baddbmm_(M.mT, E).view(xs.shape)
+                dM = piece.same(torch.bmm(w, E.mT).triu_())  # (R, q, q), transposed
+                dBs, dCs = torch.bmm(dS, w.mT).mT, torch.bmm(G, E.mT).mT
+                if seq_idx is not None:
+                    dBs, dCs = dBs * piece.inside(made.lasts)[..., None], dCs * piece.inside(made.hears)[..., None]
+                # what flows through each position: the state's share and what was added before, less what was heard
+                heard = torch.bmm(Cm, G).baddbmm_(M, w).mul_(E).view(xs.shape).sum(-1)  # (R, q, h)
+                through, shape = (dw * xs).sum(-1), (rows.stop - rows.start, -1)
+                net = through * scale[..., 0] - heard
+                start = (dG * G).sum(1).unflatten(-1, (h, p)).sum(-1)[:, None]
+                flow = net.cumsum(1).sub_(net).add_(start)
+                dw = torch.addcmul((dw * scale).view(*shape, h, p), dys.view(*shape, h, p), D[rows, None, :, None])
+                found = dw, through * piece.back, flow, dBs.baddbmm(dM, Cs), dCs.baddbmm(dM.mT, Bs)
+                for total, part in zip(grads, found, strict=False):
+                    total[piece.at] = part.reshape(total[piece.at].shape)
+                dD[rows] += (dys * xs).sum(-1).view(*shape, h).sum(1)
+            dinitial[rows] = dH * made.first[rows]
+        return dx, ddt, dda, dB, dC, dD, None, dinitial if ctx.initial else None, None
 
 
 def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = None,
              dt_bias: Tensor | None = None, dt_softplus: bool = False, seq_idx: Tensor | None = None,
              initial_states: Tensor | None = None, return_final_states: bool = False):
-    """train.ssd_scan with its backward pass written by hand."""
+    """train.ssd_scan with its backward pass written by hand.
+
+    Chunks are shorter than `chunk_size` where the decay over one would overflow when its two halves are taken apart.
+    """
     (b, t, h, p), g = x.shape, B.shape[2]
     dt = dt.float() if dt_bias is None else dt.float() + dt_bias
     dt = F.softplus(dt) if dt_softplus else dt
+    da = (dt * A).clamp(min=-STEEPEST)  # exp(-30) of the past is nothing in float32
     D = dt.new_zeros(h) if D is None else D.float()
     q = min(chunk_size, t)
-    pad = -t % q  # a step of length zero neither decays the state nor adds to it
+    while q > 1 and F.pad(da.detach(), (0, 0, 0, -t % q)).unflatten(1, (-1, q)).sum(2).min() < -LONGEST:
+        q = (q + 1) // 2
 
     def rows(v: Tensor) -> Tensor:
-        """(B, T, H or G, ...) -> (B * G, C, Q, H / G or 1, ...): each group a row of its own."""
-        v = F.pad(v.float(), (0, 0) * (v.dim() - 2) + (0, pad)) if pad else v.float()
-        v = v.unflatten(2, (g, -1)).movedim(2, 1)
-        return v.reshape(b * g, -1, q, *v.shape[3:])
+        """(b, t, h or g, ...) -> (b * g, t, h / g or 1, ...): each group a row of its own."""
+        return v.unflatten(2, (g, -1)).movedim(2, 1).reshape(b * g, t, -1, *v.shape[3:])
 
     if seq_idx is not None:
-        seq_idx = torch.cat([seq_idx, seq_idx[:, -1:].expand(b, pad)], dim=1).repeat_interleave(g, 0).view(b * g, -1, q)
-    if initial_states is not None:  # (B, H, P, N) -> (B * G, N, H / G * P)
+        seq_idx = seq_idx.repeat_interleave(g, 0)
+    if initial_states is not None:  # (b, h, p, n) -> (b * g, n, h / g * p)
         initial_states = initial_states.float().reshape(b * g, h // g * p, -1).mT
-    y, final = ChunkScan.apply(rows(x), rows(dt), rows(dt * A), rows(B).squeeze(3), rows(C).squeeze(3),
-                               D.view(g, -1).repeat(b, 1), seq_idx, initial_states)
-    y = y.view(b, g, t + pad, h // g, p)[:, :, :t].movedim(1, 2).reshape(b, t, h, p).to(x.dtype)
+    y, final = ChunkScan.apply(rows(x), rows(dt), rows(da), rows(B).squeeze(2), rows(C).squeeze(2),
+                               D.view(g, -1).repeat(b, 1), seq_idx, initial_states, q)
+    y = y.view(b, g, t, h // g, p).movedim(1, 2).reshape(b, t, h, p).to(x.dtype)
     return (y, final.mT.reshape(b, h, p, -1)) if return_final_states else y
 
 
@@ -464,7 +508,9 @@ def pick_ops(device: torch.device, dtype: torch.dtype, asked: str) -> Ops:
 def cuda_ops(asked: str) -> Ops:
     """Triton's table; where it does not work, the plain functions with the reason in their name."""
     has_flex = importlib.util.find_spec("triton") is not None
-    plain = PLAIN._replace(linear_cross_entropy=linear_cross_entropy, attention=attention if has_flex else PLAIN.attention)
+    plain = PLAIN._replace(linear_cross_entropy=linear_cross_entropy)
+    if has_flex:
+        plain = plain._replace(attention=attention)
     try:
         from extras.triton_kernels import make_ops
 
@@ -475,3 +521,27 @@ def cuda_ops(asked: str) -> Ops:
             raise UserError(f"--kernels triton: {why}; use --kernels auto") from None
         with_flex = " with FlexAttention" if has_flex else ""
         return plain._replace(name=f"plain PyTorch{with_flex}, slower than Triton's kernels, which do not work: {why}")
+
+
+@functools.cache
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """What --dtype auto means: bfloat16 where it is at least 1.5 times as fast as float32, else float32.
+
+    A GPU is asked, a CPU is timed with a product of each kind: one without bfloat16 in hardware imitates it, and takes
+    44 to 499 times as long (pytorch #146508).
+    """
+    if device.type != "cpu":
+        return train.pick_dtype.plain(device)
+    a, b = torch.randn(512, 256), torch.randn(256, 512)
+
+    def seconds(dtype: torch.dtype) -> float:
+        x, y, taken = a.to(dtype), b.to(dtype), []
+        for _ in range(5):
+            start = time.perf_counter()
+            x @ y
+            taken.append(time.perf_counter() - start)
+            if taken[-1] > 0.02:  # imitated
+                break
+        return min(taken)
+
+    return torch.bfloat16 if seconds(torch.float32) > 1.5 * seconds(torch.bfloat16) else torch.float32
