@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import train
-from data.files import UserError, read_bytes, read_json, read_text, reason, replacing
+from data.files import UserError, fits, read_bytes, read_json, read_text, reason, replacing
 from data.flags import flag
 from train import GPT, PRESETS, Loader, ModelConfig, Optimizers, TrainConfig
 
@@ -31,6 +31,9 @@ RESUMABLE = ("max_steps", "max_minutes", "eval_every", "save_every", "save_minut
 SHARES = ("warmup_frac", "decay_frac", "dropout")
 SIZES = ("batch_size", "grad_accum_steps", "max_grid", "vocab_size", "block_size", "d_model", "n_head", "d_state",
          "headdim", "d_ff", "chunk_size", "d_conv", "expand")  # must be at least 1
+NUMBER, COUNTS, POSITION = (int, float), ("step", "minutes", "skipped"), ("epoch", "rows")
+CHECKPOINT = {"model": {}, "optimizer": [{}], "step": int, "minutes": NUMBER, "skipped": int, "config": {},
+              "rng": {"torch": Tensor}, "loader": {"epoch": int, "rows": int, "effective": int, "data": str}}
 
 
 # == SETTINGS =========================================================================================================
@@ -49,13 +52,13 @@ def setting_problems(model_cfg: ModelConfig, cfg: TrainConfig) -> list[str]:
             value, choices = getattr(part, f.name), f.metadata.get("choices")
             low, high = 1 if f.name in SIZES else 0, 1 if f.name in SHARES else 2**31 - 1
             if choices and value not in choices:
-                found.append(f"{flag(f.name)} {value!r} must be one of {', '.join(choices)}")
+                found.append(f"{flag(f.name)} {value[:40]!r} must be one of {', '.join(choices)}")
             elif type(value) in (int, float) and f.name != "document_token" and not low <= value <= high:
                 found.append(f"{flag(f.name)} is {value}; it must be from {low} to {high}")
     if not cfg.max_steps and not cfg.max_minutes:
         found.append("--max-steps and --max-minutes are both 0: the run would never end; give one of them")
     if cfg.dataset in PRESETS and cfg.preset and cfg.preset not in PRESETS[cfg.dataset]:
-        found.append(f"--preset {cfg.preset!r} is none of {cfg.dataset}'s: {', '.join(PRESETS[cfg.dataset])}")
+        found.append(f"--preset {cfg.preset[:40]!r} is none of {cfg.dataset}'s: {', '.join(PRESETS[cfg.dataset])}")
     if not model_cfg.pattern or set(model_cfg.pattern) - set("MA") or len(model_cfg.pattern) > 1000:
         found.append(f"--pattern {model_cfg.pattern[:40]!r} must be 1 to 1000 letters M (Mamba-2) and A (attention)")
     return found or size_problems(model_cfg)
@@ -124,9 +127,9 @@ def new_run_folder(cfg: TrainConfig) -> Path:
 
 
 def settings(cls: type, values: dict[str, Any], retired: dict[str, Any]) -> Any:
-    """A dataclass of recorded values; TypeError where one is missing, unknown, or of another type than the default."""
-    if values.get("ngroups", 1) != 1:
-        raise ValueError("ngroups is no setting any more; it was always 1")
+    """A dataclass of recorded values; TypeError where one is unknown, or of another type than the default."""
+    if not isinstance(values, dict) or values.get("ngroups", 1) != 1:
+        raise ValueError("no settings, or ngroups is not 1")
     kept = {name: RENAMED.get(name, {}).get(value, value) if isinstance(value, str) else value
             for name, value in values.items() if name not in retired}
     found = cls(**kept)
@@ -143,7 +146,7 @@ def process_problems() -> list[str]:
     given = {name: os.environ[name] for name in (*names, "MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)}
     if given.get("WORLD_SIZE", "1").strip() in ("0", "1"):
         return []
-    if len(given) == 5 and all(given[name].isdecimal() for name in names):
+    if len(given) == 5 and all(given[name].isdecimal() for name in (*names, "MASTER_PORT")):
         rank, world, local = (int(given[name]) for name in names)
         if rank < world and local < world:
             return []
@@ -160,9 +163,9 @@ def check_content(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
     except zipfile.BadZipFile as error:
-        raise OSError(f"cut off or damaged: {reason(error)}") from None
+        raise OSError(None, f"cut off or damaged: {reason(error)}") from None
     if bad:
-        raise OSError(f"damaged at {bad}")
+        raise OSError(None, f"damaged at {bad}")
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
@@ -207,9 +210,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files
         raise UserError(f"{path}: not a readable checkpoint ({reason(error)})") from None
-    missing = {"model", "optimizer", "step", "rng", "loader", "config"} - set(state if isinstance(state, dict) else ())
-    if missing:
-        raise UserError(f"{path}: a checkpoint of another program: it lacks {', '.join(sorted(missing))}")
+    whole = fits(state, CHECKPOINT) and fits(state["loader"].get("files", []), [str])
+    if not whole or not all(0 <= n < math.inf for n in (*map(state.get, COUNTS), *map(state["loader"].get, POSITION))):
+        raise UserError(f"{path}: not a checkpoint of train.py")
     return state
 
 
@@ -294,7 +297,8 @@ class watch_signals:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             with contextlib.suppress(AttributeError, ValueError):  # Windows has no SIGHUP; a thread has no signals
                 number = getattr(signal, name)
-                self.before[number] = signal.signal(number, self.note)
+                if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                    self.before[number] = signal.signal(number, self.note)
         return self
 
     def note(self, number: int, frame: Any) -> None:
@@ -326,14 +330,22 @@ class watch_signals:
 
 
 class open_log:
-    """`metrics.jsonl`, one object on each line; lines after `step` and lines torn by a crash are dropped first."""
+    """`metrics.jsonl`, one object on each line; lines after `step` and lines torn by a crash are dropped first.
+
+    The evaluation of `step` is dropped once it is made again, as a resume does where it was due.
+    """
+
+    file = wandb_run = None
 
     def __init__(self, folder: Path, step: int, config: dict[str, Any]):
-        self.path, kept = folder / "metrics.jsonl", []
+        self.path, self.step, self.evaluation, kept = folder / "metrics.jsonl", step, None, []
         self.wandb_run = open_wandb(folder, config) if config["train"]["wandb"] else None
         for line in read_text(self.path, errors="replace").splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                if json.loads(line)["step"] <= step:
+                values = json.loads(line)
+                if values["step"] <= step:
+                    if values["step"] == step and "loss" not in values:
+                        self.evaluation = len("".join(kept).encode())
                     kept.append(line + "\n")
         with replacing(self.path) as file:
             file.write("".join(kept).encode())
@@ -345,6 +357,8 @@ class open_log:
                   for k, v in values.items()}
         waiting = json.dumps(values).encode() + b"\n"
         try:
+            if values["step"] == self.step and self.evaluation is not None:
+                self.file.truncate(self.evaluation)
             while waiting:
                 waiting = waiting[self.file.write(waiting) :]
         except OSError as error:
@@ -353,7 +367,7 @@ class open_log:
             self.wandb_run.log(values)
 
     def __del__(self) -> None:
-        if getattr(self, "file", None):
+        if self.file:
             self.file.close()
         if self.wandb_run:
             self.wandb_run.finish()
