@@ -6,27 +6,22 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from helpers import parse_grids, random_grid, same_pairs, sequence
+from helpers import one_thread, random_grid, sequence  # noqa: F401
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from train import (
-    END,
-    IN,
-    OUT,
-    ROW,
-    UNKNOWN_TASK,
-    GridLayout,
-    apply_symmetry,
-    canonical_hash,
-    decode_grid,
-    encode_answer,
-    encode_grid,
-    encode_task,
-    inverse_colours,
-    inverse_symmetry,
-    pair_length,
-    random_colours,
-    read_split,
-)
+from arc_data.tasks import apply_symmetry, canonical_hash, random_colours, read_split
+from solve import inverse_colours, inverse_symmetry
+from train import END, IN, OUT, ROW, UNKNOWN_TASK, GridLayout, decode_grid, encode_grid, encode_pairs, pair_length
+
+
+def make_grid(height, width, seed):
+    return np.random.default_rng(seed).integers(0, 10, (height, width)).astype(np.uint8)
+
+
+seeds = st.integers(0, 1000)
+grids = st.builds(make_grid, st.integers(1, 30), st.integers(1, 30), seeds)
+small_grids = st.builds(make_grid, st.integers(1, 5), st.integers(1, 5), seeds)
 
 
 @pytest.fixture(scope="module")
@@ -37,35 +32,58 @@ def official(arc_dir, arc2_dir):
     return [(name, task["train"], task["test"]) for split in splits for name, task in split.items()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# There and back
+# == THERE AND BACK ===================================================================================================
 
 
 def test_every_official_task_encodes_and_decodes_to_itself(official):
     for name, demonstrations, tests in official:
         for query, answer in tests:
-            prompt = encode_task(demonstrations, query)
-            assert prompt.dtype == np.int64 and prompt[0] == UNKNOWN_TASK and prompt[-1] == OUT
-            *shown, (mark, asked) = parse_grids(prompt[:-1])
-            assert mark == IN and np.array_equal(asked, query), name
-            shown = [grid for _, grid in shown]
-            assert same_pairs(list(zip(shown[::2], shown[1::2], strict=True)), demonstrations), name
-            assert np.array_equal(decode_grid(encode_answer(answer)), answer), name
-            pieces = sum(pair_length(p) for p in [*demonstrations, (query, answer)])
-            assert len(prompt) + len(encode_answer(answer)) == 1 + pieces
+            pairs = [*demonstrations, (query, answer)]
+            tokens, answers = encode_pairs(pairs, UNKNOWN_TASK)
+            assert tokens.dtype == np.int64 and np.array_equal(tokens, sequence(pairs)), name
+            prompt, shown = encode_pairs([*demonstrations, (query, None)], UNKNOWN_TASK)
+            assert np.array_equal(tokens[: len(prompt)], prompt) and prompt[-1] == OUT, name
+            assert np.array_equal(answers[: len(shown)], shown) and answers[len(prompt) :].all(), name
+            assert np.array_equal(decode_grid(tokens[len(prompt) :]), answer), name
+            assert len(tokens) == 1 + sum(map(pair_length, pairs))
 
 
 def test_the_sequence_is_the_one_that_the_design_draws():
     pairs = [(np.array([[1, 2]]), np.array([[3], [4]])), (np.array([[5]]), np.array([[6, 7]]))]
-    prompt = encode_task(pairs[:1], pairs[1][0], 19)
-    assert prompt.tolist() == [19, IN, 1, 2, ROW, OUT, 3, ROW, 4, ROW, END, IN, 5, ROW, OUT]
-    assert encode_answer(pairs[1][1]).tolist() == [6, 7, ROW, END]
+    tokens, answer = encode_pairs(pairs, 19)
+    assert tokens.tolist() == [19, IN, 1, 2, ROW, OUT, 3, ROW, 4, ROW, END, IN, 5, ROW, OUT, 6, 7, ROW, END]
+    assert tokens[answer].tolist() == [3, ROW, 4, ROW, END, 6, 7, ROW, END]
     assert encode_grid(np.array([[0, 9], [9, 0]])).tolist() == [0, 9, ROW, 9, 0, ROW]
 
 
-def test_what_follows_the_end_is_not_read():
-    assert decode_grid([1, 2, ROW, END, 5, IN, END, 3]).tolist() == [[1, 2]]
-    assert decode_grid(torch.tensor([4, ROW, END])).tolist() == [[4]]
+@given(pair=st.tuples(grids, grids), symmetry=st.integers(0, 7))
+def test_the_length_of_a_pair_is_known_before_it_is_turned(pair, symmetry):
+    tokens, _ = encode_pairs([tuple(apply_symmetry(g, symmetry) for g in pair)], UNKNOWN_TASK)
+    assert len(tokens) == 1 + pair_length(pair, turned=symmetry % 2)
+
+
+@example(make_grid(30, 30, 0), [])  # the largest
+@example(make_grid(1, 1, 0), [5, IN, END, 3])
+@given(grids, st.lists(st.integers(0, 16), max_size=9))
+def test_an_answer_is_read_back_up_to_its_end(grid, behind):
+    tokens = [*encode_grid(grid).tolist(), END, *behind]
+    assert np.array_equal(decode_grid(tokens), grid) and decode_grid(torch.tensor(tokens)).dtype == np.uint8
+
+
+def spelled(tokens):
+    """The rows that an answer spells, or None: read token by token, as a person would."""
+    rows, row = [], []
+    for t in tokens:
+        if t == END:
+            right = rows and not row and {len(r) for r in rows} == {len(rows[0])}
+            return rows if right and 1 <= len(rows) <= 30 and 1 <= len(rows[0]) <= 30 else None
+        if t == ROW:
+            rows, row = [*rows, row], []
+        elif t < 10:
+            row = [*row, t]
+        else:
+            return None
+    return None
 
 
 NO_GRIDS = {
@@ -78,13 +96,9 @@ NO_GRIDS = {
     "last row without mark": [1, 2, ROW, 3, 4, END],
     "ragged": [1, 2, ROW, 3, ROW, END],
     "empty last row": [1, ROW, ROW, END],
-    "IN inside": [1, IN, ROW, END],
-    "OUT inside": [1, OUT, ROW, END],
-    "spare token 14": [14, ROW, END],
-    "spare token 15": [15, ROW, END],
-    "task token": [UNKNOWN_TASK, ROW, END],
     "31 rows": [1, ROW] * 31 + [END],
     "31 columns": [1] * 31 + [ROW, END],
+    **{f"token {t} inside": [1, t, ROW, END] for t in (IN, OUT, 14, 15, UNKNOWN_TASK)},
 }
 
 
@@ -93,56 +107,48 @@ def test_what_is_no_grid_is_refused(what):
     assert decode_grid(NO_GRIDS[what]) is None
 
 
-def test_the_largest_grid_is_accepted():
-    grid = np.random.default_rng(0).integers(0, 10, (30, 30)).astype(np.uint8)
-    assert np.array_equal(decode_grid(encode_answer(grid)), grid)
+@given(st.lists(st.sampled_from([0, 3, 9, ROW, ROW, END, IN, 15, UNKNOWN_TASK]), max_size=9)
+       | st.lists(st.sampled_from([[1, ROW], [2, 3, ROW], [END], [OUT]]), max_size=5).map(lambda v: sum(v, [])))
+def test_only_what_spells_a_grid_is_one(tokens):
+    found = decode_grid(tokens)
+    assert (None if found is None else found.tolist()) == spelled(tokens)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Symmetries and colours
+# == SYMMETRIES AND COLOURS ===========================================================================================
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (4, 1), (2, 3), (3, 2), (4, 4), (30, 7)])
-def test_every_symmetry_has_its_inverse(shape):
-    grid = np.random.default_rng(1).integers(0, 10, shape)
-    for s in range(8):
-        assert np.array_equal(apply_symmetry(apply_symmetry(grid, s), inverse_symmetry(s)), grid)
-        assert np.array_equal(apply_symmetry(apply_symmetry(grid, inverse_symmetry(s)), s), grid)
+@given(grids, st.integers(0, 7), seeds)
+def test_every_symmetry_and_every_permutation_of_colours_has_its_inverse(grid, s, seed):
+    assert np.array_equal(apply_symmetry(apply_symmetry(grid, s), inverse_symmetry(s)), grid)
+    assert np.array_equal(apply_symmetry(apply_symmetry(grid, inverse_symmetry(s)), s), grid)
+    colours = random_colours(np.random.default_rng(seed))
+    assert colours[0] == 0 and sorted(colours) == list(range(10)), "black stays black"
+    assert np.array_equal(inverse_colours(colours)[colours[grid]], grid)
+    assert np.array_equal(colours[inverse_colours(colours)[grid]], grid)
 
 
 def test_the_symmetries_are_the_eight_of_the_square():
     grid = np.arange(6).reshape(2, 3)
     images = [apply_symmetry(grid, s).tolist() for s in range(8)]
-    expected = [g.tolist() for g in (grid, grid[::-1], grid[:, ::-1], grid[::-1, ::-1])]
-    expected += [g.tolist() for g in (grid.T, grid.T[::-1], grid.T[:, ::-1], grid.T[::-1, ::-1])]
-    assert images[0] == grid.tolist() and sorted(images) == sorted(expected)
+    assert images[0] == grid.tolist()
+    assert sorted(images) == sorted(f(g).tolist() for g in (grid, grid.T) for f in (
+        lambda g: g, lambda g: g[::-1], lambda g: g[:, ::-1], lambda g: g[::-1, ::-1]))
 
 
-def test_every_colour_permutation_has_its_inverse_and_keeps_black():
-    grid = np.random.default_rng(2).integers(0, 10, (5, 7)).astype(np.uint8)
+def test_colour_permutations_are_many():
     rng = np.random.default_rng(3)
     tables = [random_colours(rng) for _ in range(50)]
-    for colours in tables:
-        assert colours[0] == 0 and sorted(colours) == list(range(10))
-        assert np.array_equal(inverse_colours(colours)[colours[grid]], grid)
-        assert np.array_equal(colours[inverse_colours(colours)[grid]], grid)
     assert len({t.tobytes() for t in tables}) > 45
     assert {int(t[1]) for t in tables} == set(range(1, 10)), "colour 1 never becomes some of the nine"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Names of pairs
+# == NAMES OF PAIRS ===================================================================================================
 
 
-def test_a_pair_has_one_name_under_all_symmetries_and_colourings():
-    rng = np.random.default_rng(4)
-    for _ in range(20):
-        pair = random_grid(rng, 5), random_grid(rng, 5)
-        names = {canonical_hash(pair)}
-        for s in range(8):
-            colours = rng.permutation(10).astype(np.uint8)  # black too
-            names.add(canonical_hash(tuple(colours[apply_symmetry(g, s)] for g in pair)))
-        assert len(names) == 1
+@given(small_grids, small_grids, st.permutations(range(10)))  # black may change too
+def test_a_pair_has_one_name_under_all_symmetries_and_colourings(question, answer, colours):
+    images = [tuple(np.array(colours)[apply_symmetry(g, s)] for g in (question, answer)) for s in range(8)]
+    assert {canonical_hash(image) for image in images} == {canonical_hash((question, answer))}
 
 
 def test_different_pairs_have_different_names():
@@ -166,10 +172,8 @@ def test_official_pairs_of_one_name_are_the_same_pair(official):
         for s in range(8):
             images = [apply_symmetry(g, s) for g in one]
             if [g.shape for g in images] == [g.shape for g in other]:
-                cells = zip(
-                    *(np.concatenate([g.ravel() for g in grids]).tolist() for grids in (images, other)), strict=True
-                )
-                table = set(cells)
+                cells = (np.concatenate([g.ravel() for g in both]).tolist() for both in (images, other))
+                table = set(zip(*cells, strict=True))
                 if len(table) == len({a for a, _ in table}) == len({b for _, b in table}):
                     return True
         return False
@@ -178,21 +182,21 @@ def test_official_pairs_of_one_name_are_the_same_pair(official):
     for _, demonstrations, tests in official[:800]:
         for pair in demonstrations + tests:
             named[canonical_hash(pair)].append(pair)
-    twins = [pairs for pairs in named.values() if len(pairs) > 1]
-    assert twins, "ARC-1 repeats some pairs"
-    assert all(equal(pairs[0], other) for pairs in twins for other in pairs[1:])
+    repeated = [pairs for pairs in named.values() if len(pairs) > 1]
+    assert repeated, "ARC-1 repeats some pairs"
+    assert all(equal(pairs[0], other) for pairs in repeated for other in pairs[1:])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where every token stands
+# == WHERE EVERY TOKEN STANDS =========================================================================================
 
-FIELDS = GridLayout._fields
+strings = st.lists(st.sampled_from([0, 0, 1, 5, 9, ROW, ROW, ROW, IN, OUT, OUT, END, 15, UNKNOWN_TASK]), min_size=1,
+                   max_size=60)
 
 
-def slow_layout(tokens):
-    """GridLayout by walking along the tokens, one dict a position."""
+def walk(tokens):
+    """GridLayout by walking along the tokens, one dict per position."""
     here = dict(col=0, row=0, grid=-1, start=-1, output=0, source=-1, source_rows=0, source_stride=0)
-    rows = []
+    places = []
     for i, t in enumerate(tokens):
         if t in (IN, OUT):
             width = (i - here["start"] - 1) // max(here["row"], 1)
@@ -202,111 +206,45 @@ def slow_layout(tokens):
             here = here | dict(col=0, row=here["row"] + 1)
         elif i:
             here = here | dict(col=here["col"] + 1)
-        rows.append(here)
-    return rows
+        places.append(here)
+    return places
 
 
-def random_strings(count, length, seed=0):
-    rng = np.random.default_rng(seed)
-    p = np.array([1.0] * 10 + [4, 1.5, 1.5, 0.5, 0.2, 0.2, 0.2])
-    tokens = rng.choice(17, size=(count, length), p=p / p.sum())
-    tokens[:, 0] = UNKNOWN_TASK
-    return torch.from_numpy(tokens)
+@given(strings)
+def test_layout_equals_a_walk_along_any_string_and_looks_only_back(string):
+    tokens = torch.tensor([[UNKNOWN_TASK, *string]])
+    places, layout = walk(tokens[0].tolist()), GridLayout.of(tokens)
+    for field, found in zip(GridLayout._fields, layout, strict=True):
+        assert found[0].tolist() == [here[field] for here in places], field
+    for t, (here, found) in enumerate(zip(places, layout.neighbourhood(tokens)[0].tolist(), strict=True)):
+        expected = [10] * 9
+        for k, (dr, dc) in enumerate(itertools.product((-1, 0, 1), repeat=2)):
+            r, c, stride = here["row"] + dr, here["col"] + dc, here["source_stride"]
+            if here["output"] and here["source"] >= 0 and 0 <= r < here["source_rows"] and 0 <= c < stride - 1:
+                index = here["source"] + 1 + r * stride + c
+                assert index < t
+                expected[k] = min(int(tokens[0, index]), 10)
+        assert found == expected
 
 
-@pytest.fixture(scope="module")
-def some(official):
-    """A few official tasks of all sizes, as lists of pairs."""
-    return [demonstrations + tests[:1] for _, demonstrations, tests in official[::120]]
-
-
-def test_layout_equals_a_walk_along_random_strings():
-    tokens = random_strings(count=40, length=80)
-    found = GridLayout.of(tokens)
-    for b, row in enumerate(tokens.tolist()):
-        expected = slow_layout(row)
-        for field in FIELDS:
-            assert getattr(found, field)[b].tolist() == [here[field] for here in expected], field
-
-
-def test_layout_of_official_tasks_says_where_each_cell_stands(some):
-    for pairs in some:
-        tokens = sequence(pairs)
-        found = GridLayout.of(torch.from_numpy(tokens)[None])
-        at = 1
-        for number, grid in enumerate(g for pair in pairs for g in pair):
-            height, width = grid.shape
-            rows = [(0, 0)] + [(r + c // width, (c + 1) % (width + 1)) for r in range(height) for c in range(width + 1)]
-            rows += [(height, 1)] * (number % 2)  # END
-            where = slice(at, at + len(rows))
-            assert list(zip(found.row[0, where].tolist(), found.col[0, where].tolist(), strict=True)) == rows
-            assert (found.grid[0, where] == number).all() and (found.start[0, where] == at).all()
-            assert (found.output[0, where] == number % 2).all()
-            if number % 2:  # of an output, the source is the input before it
-                source, inside = pairs[number // 2][0], [int(f[0, at]) for f in found[-3:]]
-                assert inside == [at - 1 - source.size - source.shape[0], source.shape[0], source.shape[1] + 1]
-            at += len(rows)
-        assert at == len(tokens)
-
-
-def test_neighbourhood_is_the_input_around_the_cell_to_predict(some):
-    for pairs in some:
+def test_layout_of_official_tasks_says_where_each_cell_stands(official):
+    """Row, column and grid of every token, and the input's cells around the one to predict, written out by hand."""
+    for _, demonstrations, tests in official[::120]:
+        pairs = demonstrations + tests[:1]
         tokens = torch.from_numpy(sequence(pairs))[None]
-        layout = GridLayout.of(tokens)
-        found = layout.neighbourhood(tokens)[0]
-        at, expected = 1, torch.full((tokens.shape[1], 9), 10)
-        for question, answer in pairs:
-            at += 1 + question.shape[0] * (question.shape[1] + 1)  # now at OUT
-            around = np.full((34 + question.shape[0], 34 + question.shape[1]), 10)
-            around[1 : question.shape[0] + 1, 1 : question.shape[1] + 1] = question
-            places = [(r, c) for r in range(answer.shape[0]) for c in range(answer.shape[1] + 1)]
-            for r, c in [*places, (answer.shape[0], 0), (answer.shape[0], 1)]:  # what OUT, cells, ROWs and END predict
-                expected[at] = torch.from_numpy(around[r : r + 3, c : c + 3].flatten())
-                at += 1
-        assert at == tokens.shape[1] and torch.equal(found, expected)
-
-
-def test_neighbourhood_in_random_strings_looks_only_back():
-    tokens = random_strings(count=40, length=80, seed=1)
-    found = GridLayout.of(tokens).neighbourhood(tokens)
-    looked = 0
-    for b, row in enumerate(tokens.tolist()):
-        for t, here in enumerate(slow_layout(row)):
-            expected = [10] * 9
-            for k, (dr, dc) in enumerate(itertools.product((-1, 0, 1), repeat=2)):
-                r, c, stride = here["row"] + dr, here["col"] + dc, here["source_stride"]
-                if here["output"] and here["source"] >= 0 and 0 <= r < here["source_rows"] and 0 <= c < stride - 1:
-                    index = here["source"] + 1 + r * stride + c
-                    assert index < t
-                    expected[k] = min(row[index], 10)
-                    looked += 1
-            assert found[b, t].tolist() == expected
-    assert looked > 100
-
-
-def test_layout_token_by_token_equals_the_layout_of_the_whole(some):
-    longest = max(len(s) for s in map(sequence, some))
-    tokens = torch.zeros(len(some) + 20, min(longest, 1200), dtype=torch.long)
-    for i, pairs in enumerate(some):
-        s = torch.from_numpy(sequence(pairs))[: tokens.shape[1]]
-        tokens[i, : len(s)] = s
-    tokens[len(some) :] = random_strings(20, tokens.shape[1], seed=2)
-    whole = GridLayout.of(tokens)
-    near = whole.neighbourhood(tokens)
-    here = whole.at(torch.zeros(len(tokens), dtype=torch.long))
-    for t in range(1, tokens.shape[1]):
-        index = torch.full((len(tokens),), t)
-        here = here.advance(tokens[:, t], index)
-        for field, f, expected in zip(FIELDS, here, whole.at(index), strict=True):
-            assert torch.equal(f.long(), expected), f"{field} at {t}"
-        if t % 7 == 0:
-            assert torch.equal(here.neighbourhood(tokens[:, : t + 1])[:, 0], near[:, t])
-
-
-def test_layout_starts_anywhere():
-    """`at` picks one position of each row, as the end of a padded prompt."""
-    tokens = random_strings(count=8, length=50, seed=3)
-    index = torch.tensor([0, 1, 5, 10, 20, 30, 40, 48])
-    here = GridLayout.of(tokens).at(index).advance(tokens.gather(1, index[:, None] + 1)[:, 0], index + 1)
-    expected = GridLayout.of(tokens).at(index + 1)
-    assert all(torch.equal(f.long(), e) for f, e in zip(here, expected, strict=True))
+        found, near, at = GridLayout.of(tokens), torch.full((tokens.shape[1], 9), 10), 1
+        for number, grid in enumerate(g for pair in pairs for g in pair):
+            (height, width), (source, _) = grid.shape, pairs[number // 2]
+            places = [(0, 0), *((r + c // width, (c + 1) % (width + 1)) for r in range(height)
+                                for c in range(width + 1)), *[(height, 1)] * (number % 2)]  # the last one is END's
+            where = slice(at, at + len(places))
+            assert list(zip(found.row[0, where].tolist(), found.col[0, where].tolist(), strict=True)) == places
+            assert (found.grid[0, where] == number).all() and (found.output[0, where] == number % 2).all()
+            if number % 2:  # of an output, the source is the input before it
+                mark = at - 1 - source.size - source.shape[0]
+                assert [int(f[0, at]) for f in found[-3:]] == [mark, source.shape[0], source.shape[1] + 1]
+                around = np.pad(source, ((1, 34), (1, 34)), constant_values=10)
+                for i, (r, c) in enumerate(places):
+                    near[at + i] = torch.from_numpy(around[r : r + 3, c : c + 3].flatten())
+            at += len(places)
+        assert at == tokens.shape[1] and torch.equal(found.neighbourhood(tokens)[0], near)
