@@ -4,12 +4,12 @@
 # ///
 """Train a hybrid Mamba-2 / attention GPT from scratch on one machine, on ARC tasks or on FineWeb-Edu token shards.
 
-    python train.py --dataset arc --batch-size 16                    # laptop: 8 minutes; CUDA: 60 minutes
+    python train.py --dataset arc --batch-size 16                    # 8 minutes on a CPU, 60 of a larger model on CUDA
     python train.py --dataset arc --batch-size 16 --resume --out-dir runs/arc --max-minutes 16
-    python train.py --dataset fineweb --preset gpt2 --batch-size 32  # wants token shards in data/
+    python train.py --dataset fineweb --preset gpt2 --batch-size 32  # needs token shards in data/
     torchrun --standalone --nproc-per-node 4 train.py --dataset arc --preset base --batch-size 8
 
-tokens (B, T) -> embedding (ARC: + where in which grid, + the input cells around the cell to predict)
+tokens (B, T) -> embedding (ARC: + row, column and role, + the input cells around the cell to predict)
    +--> RMSNorm --> Mamba-2 or attention --+     one block for each letter of --pattern: M or A
    |<--------------------------------------+
    +--> RMSNorm --> SwiGLU ----------------+
@@ -17,12 +17,13 @@ tokens (B, T) -> embedding (ARC: + where in which grid, + the input cells around
 RMSNorm -> head -> logits (B, T, V)
 
 This file holds the plain version of everything. A function marked `@twin("name")` has a twin of the same name in
-extras/name.py that is faster or harder to kill, and that is used where the folder extras/ exists.
+extras/name.py that is faster or survives more, and that is used if the file exists.
 
 Sections, in order (grep -n '^# == ' train.py):
-    SIZES  OPS  MODEL  GRIDS  DATA  CONFIG  OPTIMIZER  RUN  STEP  EVALUATE  TRAIN  CLI
+    SIZES  OPS  GRIDS  MODEL  DATA  CONFIG  OPTIMIZER  RUN  STEP  EVALUATE  TRAIN  CLI
 
-Letters: B batch, T time, D width, H heads, P channels of a head, N state size, Q chunk length, V vocabulary.
+Letters: B batch, T time, D width, H heads, P channels per head, N state size, Q chunk length, V vocabulary, K taps of
+the convolution. In the scan A, B, C, D are the paper's, and G counts groups of B and C (one here).
 Mamba-2 is Dao & Gu 2024, "Transformers are SSMs" (arXiv:2405.21060).
 """
 from __future__ import annotations
@@ -65,12 +66,13 @@ IGNORE_INDEX = -100  # a target that carries no loss
 ROW, IN, OUT, END = 10, 11, 12, 13  # ARC tokens; 0-9 are the colours
 ARC_VOCAB = 16  # what the head predicts: the fourteen above, padded
 END_OF_TEXT = 50256  # GPT-2's token before each document
-UNKNOWN_TASK = 16  # first token of a sequence whose task has no vector of its own; 17, 18, ... name tasks
+UNKNOWN_TASK = ARC_VOCAB  # the first token of a sequence names its task: this one names none, 17, 18, ... one each
 TASK_DROPOUT = 0.3  # share of training sequences that do not say which task they belong to
 MAX_BAD_STEPS = 5  # steps in a row with a non-finite loss or gradient that end a run
 
 def twin(module: str) -> Callable:
-    """Decorator: calls go to the function's namesake in extras/<module>.py; as `.plain`, and without extras/, here."""
+    """Decorator: a call runs the function of this name in extras/<module>.py if that file exists, and else this one,
+    which is always `.plain`."""
     def decorate(plain: Callable) -> Callable:
         @functools.wraps(plain)
         def call(*args, **kwargs):
@@ -92,10 +94,10 @@ class ModelConfig:
     vocab_size: int = 50304
     block_size: int = option(1024, "longest sequence, in tokens (4096 for arc; 1024 for its nano and for fineweb)")
     d_model: int = option(768, "width of the residual stream, in channels")
-    pattern: str = option("MMAMMMAMMMAM", "one letter a layer: M for Mamba-2, A for attention")
+    pattern: str = option("MMAMMMAMMMAM", "one letter per layer: M for Mamba-2, A for attention")
     n_head: int = option(12, "attention heads")
     d_state: int = option(64, "Mamba-2 state size N, per channel")
-    headdim: int = option(64, "Mamba-2 channels in a head, P")
+    headdim: int = option(64, "Mamba-2 channels per head, P")
     d_ff: int = option(1536, "hidden width of the SwiGLU")
     dropout: float = option(0.0, "dropout on what each mixer and MLP adds, 0 to 1")
     d_conv: int = 4
@@ -103,21 +105,20 @@ class ModelConfig:
     chunk_size: int = 64
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    tie_embeddings: bool = True
-    document_token: int = -1  # tokens from this one on open a document that sees none before it; -1: no such token
+    tie_embeddings: bool = True  # not for ARC, where fewer tokens are predicted than are read
+    document_token: int = -1  # tokens from this one on start a document, which sees none before it; -1: no token does
     grid: bool = False  # ARC: positions and neighbourhoods recovered from the grid tokens
     n_tasks: int = 0  # ARC: tasks with a token of their own
-
 
 # == OPS ==============================================================================================================
 # All that the model computes with beside matrix products, as short as it can be written. `pick_ops` may put faster
 # functions with the same arguments and meaning in place: extras/kernels.py has them, for a CPU and for CUDA.
 
 class Film(NamedTuple):
-    """What a task does to the result of one norm: a scale and a shift (Perez et al. 2018, arXiv:1709.07871)."""
+    """The scale and shift that a task applies to the result of one norm (Perez et al. 2018, arXiv:1709.07871)."""
 
     table: Tensor  # (tasks, 2 * D): scale, then shift
-    tasks: Tensor  # (B, 1) or (B, T) int64: the row of the table that all positions, or each, go by
+    tasks: Tensor  # int64 rows of the table: (B, 1), one for the whole sequence, or (B, T), one for each position
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, film: Film | None = None) -> Tensor:
     """x / rms(x) * weight over the last dimension, in float32 (Zhang & Sennrich 2019, equation 4).
@@ -171,19 +172,19 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size:
     ids = torch.zeros(b, t + pad, device=x.device) if seq_idx is None else F.pad(seq_idx.float(), (0, pad), value=-1)
     ids = ids.cummax(1).values.unflatten(1, (-1, chunk_size))  # (b, c, q); pads belong to the last id
     before = torch.cat([ids[:, :1, 0], ids[:, :-1, -1]], dim=1)  # (b, c): the id just before each chunk
-    # 1. Within a chunk, position i hears each position j <= i of its own sequence.
+    # 1. What each position i receives from the positions j <= i of its chunk and sequence.
     visible = (ids[:, :, :, None] == ids[:, :, None, :]).tril()[:, :, None]  # (b, c, 1, i, j)
     L = (a.mT[..., :, None] - a.mT[..., None, :]).masked_fill(~visible, -math.inf).exp()  # (b, c, h, i, j)
     y = torch.einsum("bcihn,bcjhn,bchij,bcjhp->bcihp", C, B, L, u)
     # 2. What each chunk has added to the state by its end.
     onward = (a[:, :, -1:] - a).exp() * (ids == ids[:, :, -1:])[..., None]  # (b, c, q, h)
     added = torch.einsum("bcjhn,bcjh,bcjhp->bchpn", B, onward, u)
-    # 3. The state before each chunk: the only sequential part, one multiply-add for each chunk.
+    # 3. The state before each chunk: the only sequential part, one multiply-add per chunk.
     decay = a[:, :, -1].exp() * (ids[:, :, -1] == before)[..., None]  # (b, c, h), over a whole chunk
     states = [x.new_zeros(b, h, p, B.shape[-1]).float() if initial_states is None else initial_states.float()]
     for i in range(a.shape[1]):
         states.append(states[-1] * decay[:, i, :, None, None] + added[:, i])
-    # 4. What each position hears of the state before its chunk.
+    # 4. What each position receives from the state before its chunk.
     into = a.exp() * (ids == before[..., None])[..., None]  # (b, c, q, h)
     y = y + torch.einsum("bcihn,bchpn,bcih->bcihp", C, torch.stack(states[:-1], dim=1), into)
     y = y.flatten(1, 2)[:, :t]
@@ -233,6 +234,103 @@ def pick_ops(device: torch.device, dtype: torch.dtype, asked: str) -> Ops:
     """The table to compute with on `device`, with matrix products in `dtype`; `asked` is --kernels."""
     return PLAIN
 
+# == GRIDS ============================================================================================================
+
+def encode_grid(grid: Grid) -> np.ndarray:
+    """Cells row by row, ROW after each: (height * (width + 1),) int64."""
+    cells = np.full((grid.shape[0], grid.shape[1] + 1), ROW, dtype=np.int64)
+    cells[:, :-1] = grid
+    return cells.ravel()
+
+def encode_pairs(pairs: list[tuple[Grid, Grid | None]], task_token: int) -> tuple[np.ndarray, np.ndarray]:
+    """A task as tokens (n,) int64, and which of them belong to an answer (n,) bool.
+
+    The task's token, then IN input OUT output END for each pair. A last pair without output makes it a prompt.
+    """
+    parts, answer = [[task_token]], [[False]]
+    for grid_in, grid_out in pairs:
+        parts += [[IN], encode_grid(grid_in), [OUT]]
+        answer += [[False], np.zeros(len(parts[-2]), bool), [False]]
+        if grid_out is not None:
+            parts.append(np.append(encode_grid(grid_out), END))
+            answer.append(np.ones(len(parts[-1]), bool))
+    return np.concatenate(parts), np.concatenate(answer)
+
+def pair_length(pair: Pair, turned: int = 0) -> int:
+    """Tokens that `encode_pairs` writes for a pair, or with `turned` 1 for the pair after a quarter turn."""
+    return 3 + sum(g.size + g.shape[turned] for g in pair)
+
+def first_that_fits(lengths: list[int], room: int) -> int:
+    """Index of the first pair to show, so that all from there on fit `room` tokens; the last one is always shown."""
+    first, total = len(lengths) - 1, lengths[-1]
+    while first > 0 and total + lengths[first - 1] <= room:
+        first -= 1
+        total += lengths[first]
+    return first
+
+def decode_grid(tokens: Any) -> Grid | None:
+    """The grid that an answer spells, up to its END; None where it is no grid of 1 to 30 rows and columns."""
+    tokens = np.asarray(tokens, dtype=np.int64)
+    if not (tokens == END).any() or not (tokens == ROW).any():
+        return None
+    width, cells = int((tokens == ROW).argmax()), tokens[: (tokens == END).argmax()]
+    if not 1 <= width <= 30 or len(cells) % (width + 1) or not 1 <= len(cells) // (width + 1) <= 30:
+        return None
+    rows = cells.reshape(-1, width + 1)
+    return rows[:, :-1].astype(np.uint8) if (rows[:, :-1] < 10).all() and (rows[:, -1] == ROW).all() else None
+
+class GridLayout(NamedTuple):
+    """Where each token stands in its grid, recovered from the tokens alone; every field is (B, T) int64.
+
+    The tokens of the grid IN a b ROW c d ROW have columns 0 1 2 0 1 2 0 and rows 0 0 0 1 1 1 2: a ROW counts as column
+    0 of the row that it begins. So the next cell always stands one column to the right of the token that predicts it.
+    """
+
+    col: Tensor
+    row: Tensor
+    grid: Tensor  # -1 before the first grid, 0 in it, 1 in the next; an output's is its input's plus one
+    output: Tensor  # 1 in an output, 0 elsewhere
+    source: Tensor  # index of the mark (IN or OUT) of the grid before this one; -1: there is none
+    source_rows: Tensor  # the number of rows of that grid
+    source_stride: Tensor  # its tokens per row, width + 1; right if it is an input, because an output ends with END
+
+    @staticmethod
+    def of(tokens: Tensor, documents: Tensor | None = None) -> GridLayout:
+        """The layout of whole sequences, tokens (B, T); each of the `documents` (B, T) starts anew."""
+        index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        first = index == 0 if documents is None else F.pad(documents.diff(dim=1), (1, 0), value=1) > 0
+        mark, end = (tokens == IN) | (tokens == OUT), tokens == ROW
+
+        def latest(where: Tensor) -> Tensor:
+            """For each position, the index of the last one up to it where `where` is true."""
+            return torch.where(where, index, 0).cummax(1).values
+
+        begin = latest(first)  # where the document of each token begins
+        opened = latest(mark | first)  # the mark of its grid, or the document's beginning if no grid is open yet
+        marks, ends = mark.cumsum(1), end.cumsum(1)
+        grid = marks - (marks - mark.long()).gather(1, begin) - 1  # marks of earlier documents do not count
+        row = ends - ends.gather(1, opened)
+        col = index - latest(mark | end | first)
+        output = (tokens.gather(1, opened) == OUT).long()
+        start = opened.masked_fill(~mark.gather(1, opened), -1)  # the mark of this grid
+        source = start.gather(1, (opened - 1).clamp(min=0)).masked_fill(opened == begin, -1)
+        rows = ends.gather(1, opened) - ends.gather(1, source.clamp(min=0))
+        return GridLayout(col, row, grid, output, source, rows, (opened - source - 1) // rows.clamp(min=1))
+
+    def neighbourhood(self, tokens: Tensor) -> Tensor:
+        """For each position of an output, the colours of the 3 x 3 input cells around the cell that comes next.
+
+        (B, T, 9), of the tokens (B, T) of this layout. 10 stands for a cell outside of the input, and for no output.
+        """
+        offset = torch.tensor([(r, c) for r in (-1, 0, 1) for c in (-1, 0, 1)], device=tokens.device)
+        row, col = self.row[..., None] + offset[:, 0], self.col[..., None] + offset[:, 1]
+        inside = (row >= 0) & (row < self.source_rows[..., None])
+        inside &= (col >= 0) & (col < self.source_stride[..., None] - 1)
+        inside &= (self.output == 1)[..., None] & (self.source >= 0)[..., None]
+        index = self.source[..., None] + 1 + row * self.source_stride[..., None] + col
+        cells = tokens.gather(1, index.clamp(0, tokens.shape[1] - 1).flatten(1)).view(index.shape)
+        return torch.where(inside, cells, 10).clamp(max=10)  # a grid that a model wrote may hold other tokens
+
 # == MODEL ============================================================================================================
 
 class Layer(nn.Module):
@@ -253,12 +351,11 @@ class RMSNorm(Layer):
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine (B, T, head_dim / 2) of rotary positions over one or three axes.
 
-    positions is (B, T, 1), or (B, T, 3) with column, row and number of the grid; three axes share the pairs of
-    channels 5 : 5 : 6 and, being at most a few dozen long, use base 100 instead of theta.
+    positions is (B, T, 1), or (B, T, 3) with column, row and number of the grid: then 5, 5 and 6 of 16 pairs of
+    channels rotate with each, and the base is 100 instead of theta, because these axes are at most a few dozen long.
     """
-    pairs = head_dim // 2
-    share = [pairs] if positions.shape[-1] == 1 else [pairs * 5 // 16, pairs * 5 // 16, pairs - 2 * (pairs * 5 // 16)]
-    base = theta if len(share) == 1 else 100.0
+    pairs, side = head_dim // 2, head_dim // 2 * 5 // 16
+    share, base = ([pairs], theta) if positions.shape[-1] == 1 else ([side, side, pairs - 2 * side], 100.0)
     frequency = [base ** (-i / n) for n in share for i in range(n)]
     axis = [a for a, n in enumerate(share) for _ in range(n)]
     angles = positions[..., axis].float() * torch.tensor(frequency, device=positions.device)
@@ -292,8 +389,8 @@ class Mamba2(Layer):
         self.nheads, self.d_xbc = d_inner // cfg.headdim, d_inner + 2 * cfg.d_state  # channels that are convolved
         self.sizes = [d_inner, self.d_xbc, self.nheads]  # of z, of x, B and C together, of dt
         self.in_proj = nn.Linear(cfg.d_model, sum(self.sizes), bias=False)
-        self.conv1d = nn.Conv1d(self.d_xbc, self.d_xbc, cfg.d_conv, groups=self.d_xbc)  # holds the weights only
-        dt = torch.exp(torch.rand(self.nheads) * math.log(0.1 / 0.001) + math.log(0.001)).clamp(min=1e-4)
+        self.conv1d = nn.Conv1d(self.d_xbc, self.d_xbc, cfg.d_conv, groups=self.d_xbc)  # never called: has the weights
+        dt = torch.exp(torch.rand(self.nheads) * math.log(0.1 / 0.001) + math.log(0.001)).clamp(min=1e-4)  # as upstream
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
         self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.nheads))
@@ -314,7 +411,7 @@ class Mamba2(Layer):
     def forward(self, u: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         """u (B, T, D) -> (B, T, D); seq_idx as in `ssd_scan`."""
         z, xbc, dt = self.in_proj(u).split(self.sizes, dim=-1)
-        with torch.autocast(u.device.type, enabled=False):  # states and norms stay in float32
+        with torch.autocast(u.device.type, enabled=False):  # which would compute the scan's products in bfloat16
             y = self.scan(*self.convolve(xbc, seq_idx), dt, seq_idx=seq_idx).flatten(2)
             y = self.norm(y, gate=z)
         return self.out_proj(y)
@@ -343,74 +440,22 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: Tensor | None,
                 films: tuple[Film | None, Film | None]) -> Tensor:
-        h = self.norm1(x, film=films[0])
-        x = x + self.dropout(self.mixer(h, rope, documents) if isinstance(self.mixer, Attention) else
-                             self.mixer(h, documents))
+        more = (rope, documents) if isinstance(self.mixer, Attention) else (documents,)  # Mamba-2 needs no positions
+        x = x + self.dropout(self.mixer(self.norm1(x, film=films[0]), *more))
         return x + self.dropout(self.mlp(self.norm2(x, film=films[1])))
-
-class GridLayout(NamedTuple):
-    """Where each token stands, recovered from the tokens alone; every field is (B, T) int64.
-
-    A grid opens with IN or OUT. Its opening mark stands at row 0, column 0, the cells of row r at columns 1, 2, ...,
-    and a ROW token already at column 0 of the row it opens: the cell to be predicted next is always one to the right.
-    """
-
-    col: Tensor
-    row: Tensor
-    grid: Tensor  # 0 for the first grid, 1 for the next; an output's is its input's plus one
-    output: Tensor  # 1 in an output, 0 elsewhere
-    source: Tensor  # of the grid before this one: index of its mark (-1: none), its rows, its tokens a row (width + 1)
-    source_rows: Tensor
-    source_stride: Tensor
-
-    @staticmethod
-    def of(tokens: Tensor, documents: Tensor | None = None) -> GridLayout:
-        """The layout of whole sequences, tokens (B, T); each of the `documents` (B, T) starts anew."""
-        index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        first = index == 0 if documents is None else F.pad(documents.diff(dim=1), (1, 0), value=1) > 0
-        mark, end = (tokens == IN) | (tokens == OUT), tokens == ROW
-
-        def latest(where: Tensor) -> Tensor:
-            """For each position, the index of the last one up to it where `where` is true."""
-            return torch.where(where, index, 0).cummax(1).values
-
-        begin, opened = latest(first), latest(mark | first)  # of the document; of this grid, or else the document
-        marks, ends = mark.cumsum(1), end.cumsum(1)
-        grid = marks - (marks - mark.long()).gather(1, begin) - 1
-        row = ends - ends.gather(1, opened)
-        col = index - latest(mark | end | first)
-        output = (tokens.gather(1, opened) == OUT).long()
-        start = opened.masked_fill(~mark.gather(1, opened), -1)  # the mark of this grid
-        source = start.gather(1, (opened - 1).clamp(min=0)).masked_fill(opened == begin, -1)
-        rows = ends.gather(1, opened) - ends.gather(1, source.clamp(min=0))
-        return GridLayout(col, row, grid, output, source, rows, (opened - source - 1) // rows.clamp(min=1))
-
-    def neighbourhood(self, tokens: Tensor) -> Tensor:
-        """Colours of the 3 x 3 input cells around the cell that an output position predicts next, (B, T, 9).
-
-        tokens (B, T) are those of the layout. 10 stands for "no such cell", and everywhere outside of outputs.
-        """
-        offset = torch.tensor([(r, c) for r in (-1, 0, 1) for c in (-1, 0, 1)], device=tokens.device)
-        row, col = self.row[..., None] + offset[:, 0], self.col[..., None] + offset[:, 1]
-        inside = (row >= 0) & (row < self.source_rows[..., None])
-        inside &= (col >= 0) & (col < self.source_stride[..., None] - 1)
-        inside &= (self.output == 1)[..., None] & (self.source >= 0)[..., None]
-        index = self.source[..., None] + 1 + row * self.source_stride[..., None] + col
-        cells = tokens.gather(1, index.clamp(0, tokens.shape[1] - 1).flatten(1)).view(index.shape)
-        return torch.where(inside, cells, 10).clamp(max=10)
 
 class GPT(Layer):
     """The hybrid: a stack of blocks, one for each letter of `cfg.pattern`."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.config, self.remat = cfg, False  # remat: make activations again in the backward pass, a block at a time
+        self.config, self.remat = cfg, False  # remat: recompute activations in the backward pass, block by block
         self.embed = nn.Embedding(UNKNOWN_TASK + 1 + cfg.n_tasks if cfg.grid else cfg.vocab_size, cfg.d_model)
         if cfg.grid:
-            self.embed_col, self.embed_row = nn.Embedding(32, cfg.d_model), nn.Embedding(32, cfg.d_model)
+            self.embed_col, self.embed_row = nn.Embedding(32, cfg.d_model), nn.Embedding(32, cfg.d_model)  # of 0 to 30
             self.embed_role = nn.Embedding(2, cfg.d_model)
-            self.embed_near = nn.Linear(9 * 11, cfg.d_model, bias=False)
-            self.film = nn.Linear(cfg.d_model, 4 * cfg.d_model * len(cfg.pattern), bias=False)
+            self.embed_near = nn.Linear(9 * 11, cfg.d_model, bias=False)  # 9 cells, one-hot: 10 colours and "none"
+            self.film = nn.Linear(cfg.d_model, 4 * cfg.d_model * len(cfg.pattern), bias=False)  # see `films`
         self.blocks = nn.ModuleList(Block(cfg, letter) for letter in cfg.pattern)
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
@@ -429,9 +474,12 @@ class GPT(Layer):
             module.ops = ops
 
     def documents(self, tokens: Tensor) -> Tensor | None:
-        """Ids (B, T) that ascend from 0 of the documents in each row, which must not see each other, or None."""
-        opens = (tokens >= self.config.document_token).cumsum(1)
-        return opens - opens[:, :1] if self.config.document_token >= 0 else None
+        """Ids (B, T), ascending from 0, of the documents in each row, which must not see each other; None: one per row.
+
+        Mamba-2's functions call them seq_idx, as mamba_ssm does.
+        """
+        starts = (tokens >= self.config.document_token).cumsum(1)
+        return starts - starts[:, :1] if self.config.document_token >= 0 else None
 
     def inputs(self, tokens: Tensor, documents: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """What goes into the first block (B, T, D), and the angles of the rotary positions."""
@@ -443,16 +491,16 @@ class GPT(Layer):
             x = x + self.embed_col(col) + self.embed_row(row) + self.embed_role(layout.output) + self.embed_near(near)
             positions = torch.stack([col, row, grid], dim=-1)
         else:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None, :, None]
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None, :, None]  # only differences count
         return x, rotary_angles(positions, self.config.d_model // self.config.n_head, self.config.rope_theta)
 
     def films(self, tokens: Tensor, documents: Tensor | None) -> list[tuple[Film | None, Film | None]]:
-        """What the task that is named first in each row of tokens (B, T), or each document, does to every block."""
+        """For each block the films of its two norms: of the task that each row of tokens (B, T), or document, names."""
         if not self.config.grid:
             return [(None, None)] * len(self.blocks)
-        if documents is None:
+        if documents is None:  # a film for each row
             tasks, vectors = torch.arange(len(tokens), device=tokens.device)[:, None], self.embed(tokens[:, 0])
-        else:
+        else:  # films for all tasks; each position looks up its own
             index = torch.arange(tokens.shape[1], device=tokens.device)
             first = torch.where(tokens >= self.config.document_token, index, 0).cummax(1).values
             tasks, vectors = (tokens.gather(1, first) - UNKNOWN_TASK).clamp(min=0), self.embed.weight[UNKNOWN_TASK:]
@@ -463,9 +511,9 @@ class GPT(Layer):
         """tokens (B, T) -> (B, T, D) after the last norm."""
         documents = self.documents(tokens)
         x, rope = self.inputs(tokens, documents)
+        remat = functools.partial(checkpoint, use_reentrant=False) if self.remat and self.training else None
         for block, films in zip(self.blocks, self.films(tokens, documents), strict=True):
-            again = functools.partial(checkpoint, block, use_reentrant=False) if self.remat and self.training else block
-            x = again(x, rope, documents, films)
+            x = remat(block, x, rope, documents, films) if remat else block(x, rope, documents, films)
         return self.norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
@@ -485,62 +533,16 @@ def generate(model: GPT, tokens: Tensor, lengths: Tensor, max_new_tokens: int, s
     `choose` makes tokens (B,) of log-probabilities (B, V); without it the likeliest is taken. Returns the new tokens
     (B, <= max_new_tokens), padded with `stop`, and the summed log-probability of each row's tokens (B,).
     """
-    tokens, rows, start = F.pad(tokens, (0, max_new_tokens)), torch.arange(len(tokens), device=tokens.device), lengths
+    tokens, rows, made = F.pad(tokens, (0, max_new_tokens)), torch.arange(len(tokens), device=tokens.device), 0
     total, done = torch.zeros(len(tokens), device=tokens.device), torch.zeros_like(lengths, dtype=torch.bool)
-    while not done.all() and (lengths - start).max() < max_new_tokens:
-        logits, _ = model(tokens[:, : lengths.max()])
-        logp = logits[rows, lengths - 1].float().log_softmax(-1)  # (B, V)
+    while made < max_new_tokens and not done.all():
+        logits, _ = model(tokens[:, : lengths.max() + made])
+        logp = logits[rows, lengths + made - 1].float().log_softmax(-1)  # (B, V)
         token = (choose(logp) if choose else logp.argmax(-1)).masked_fill(done, stop)
-        total += logp.gather(1, token.clamp(min=0)[:, None])[:, 0].masked_fill(done, 0)
-        tokens[rows, lengths] = token
-        lengths, done = lengths + 1, done | (token == stop)
-    new = torch.arange(int((lengths - start).max()), device=tokens.device)
-    return tokens.gather(1, start[:, None] + new), total
-
-# == GRIDS ============================================================================================================
-
-def encode_grid(grid: Grid) -> np.ndarray:
-    """Cells row by row, ROW after each: (height * (width + 1),) int64."""
-    cells = np.full((grid.shape[0], grid.shape[1] + 1), ROW, dtype=np.int64)
-    cells[:, :-1] = grid
-    return cells.ravel()
-
-def encode_pairs(pairs: list[tuple[Grid, Grid | None]], task_token: int) -> tuple[np.ndarray, np.ndarray]:
-    """A task as tokens (n,) int64, and which of them belong to an answer (n,) bool.
-
-    The task's token, then IN input OUT output END for each pair. A last pair without output makes it a prompt.
-    """
-    parts, answer = [[task_token]], [[False]]
-    for grid_in, grid_out in pairs:
-        parts += [[IN], encode_grid(grid_in), [OUT]]
-        answer += [[False], np.zeros(len(parts[-2]), bool), [False]]
-        if grid_out is not None:
-            parts.append(np.append(encode_grid(grid_out), END))
-            answer.append(np.ones(len(parts[-1]), bool))
-    return np.concatenate(parts), np.concatenate(answer)
-
-def pair_length(pair: Pair, turned: int = 0) -> int:
-    """Tokens of a whole pair in `encode_pairs`; `turned` 1 by a quarter turn, which makes columns of its rows."""
-    return 3 + sum(g.size + g.shape[turned] for g in pair)
-
-def first_that_fits(lengths: list[int], room: int) -> int:
-    """Index of the first of the pairs to show, so that these fit `room` tokens; the last one is always shown."""
-    first, total = len(lengths) - 1, lengths[-1]
-    while first > 0 and total + lengths[first - 1] <= room:
-        first -= 1
-        total += lengths[first]
-    return first
-
-def decode_grid(tokens: Any) -> Grid | None:
-    """The grid that an answer spells, up to its END; None where it is no grid of 1 to 30 rows and columns."""
-    tokens = np.asarray(tokens, dtype=np.int64)
-    if not (tokens == END).any() or not (tokens == ROW).any():
-        return None
-    width, cells = int((tokens == ROW).argmax()), tokens[: (tokens == END).argmax()]
-    if not 1 <= width <= 30 or len(cells) % (width + 1) or not 1 <= len(cells) // (width + 1) <= 30:
-        return None
-    rows = cells.reshape(-1, width + 1)
-    return rows[:, :-1].astype(np.uint8) if (rows[:, :-1] < 10).all() and (rows[:, -1] == ROW).all() else None
+        total += logp.gather(1, token[:, None])[:, 0].masked_fill(done, 0)
+        tokens[rows, lengths + made] = token
+        made, done = made + 1, done | (token == stop)
+    return tokens.gather(1, lengths[:, None] + torch.arange(made, device=tokens.device)), total
 
 # == DATA =============================================================================================================
 
@@ -549,15 +551,16 @@ def digest(parts: Any) -> str:
     return hashlib.sha256(b"|".join(parts)).hexdigest()[:16]
 
 class Loader:
-    """Batches in an order that is a function of (seed, epoch), over effective batches.
+    """Batches in an order that depends on the seed and the epoch only.
 
-    An effective batch is batch_size x grad_accum_steps x world_size rows; ranks and micro-batches are slices of it, so
-    that neither their number nor their size changes what an optimizer step sees. `iter()` goes on where the loader
-    stands and ends with the epoch; the next `iter()` starts the next one. A subclass has `batches()`, the effective
-    batches of the epoch as sequences of rows, and `collate(rows)`, which makes (x, y), both (B, T) int64, of some.
+    An optimizer step reads one effective batch of batch_size x grad_accum_steps x world_size rows. Ranks and
+    micro-batches are slices of it, so that their number and size do not change what a step sees. `iter()` goes on
+    where the loader stands and ends with the epoch; the next `iter()` starts the next epoch. A subclass has
+    `batches()`, the effective batches of the epoch as sequences of rows, and `collate(rows)`, which makes (x, y), both
+    (B, T) int64, of some of these rows.
     """
 
-    fingerprint = ""  # of the data: other data, other name
+    fingerprint = ""  # a hash of the data, so that a resume with other data can be refused
 
     def __init__(self, batch_size: int, seed: int = 0, grad_accum_steps: int = 1, rank: int = 0, world_size: int = 1):
         self.batch_size, self.seed, self.accum = batch_size, seed, grad_accum_steps
@@ -577,7 +580,7 @@ class Loader:
         self.epoch, self.position = self.epoch + 1, 0
 
     def split_rows(self, rows: Any) -> list:
-        """Rows as effective batches, the last one perhaps shorter."""
+        """Rows as effective batches. The last may be shorter, which happens in evaluation only, on one rank."""
         return [rows[i : i + self.effective] for i in range(0, len(rows), self.effective)]
 
     def rng(self, key: int = 0) -> np.random.Generator:
@@ -601,7 +604,7 @@ class Plan(NamedTuple):
     symmetry: int
     colours: np.ndarray
     token: int  # that names the task
-    length: int  # of x, in tokens
+    length: int  # of x in tokens: the sum over its pairs, because the task's token comes in and the last END goes out
 
 class ArcDataLoader(Loader):
     """ARC tasks as padded token sequences.
@@ -610,11 +613,12 @@ class ArcDataLoader(Loader):
     padded on the right, to the longest of the batch, with 0 in x and IGNORE_INDEX in y.
 
     Training: one sequence per task and epoch, all its pairs in random order, every output supervised, under one of the
-    8 symmetries and one permutation of colours. `window` effective batches at a time are sorted by length, so that rows
-    of similar length share a batch, and shuffled afterwards. Evaluation (train=False): tasks as they stand, in order,
-    only the last output supervised. `packed`: a row holds as many sequences, one after another, as block_size does; a
-    model whose `document_token` is UNKNOWN_TASK keeps them apart. What is longer than block_size loses whole
-    demonstrations (`dropped` counts them); a task of which not even one pair fits is left out (`too_long` names it).
+    8 symmetries and one permutation of the colours 1 to 9 (0 is the background). `window` effective batches at a time
+    are sorted by length, so that rows of similar length share a batch, and shuffled afterwards. Evaluation
+    (train=False): tasks as they stand, in order, only the last output supervised. `packed`: a row holds as many
+    sequences, one after another, as block_size does; a model whose `document_token` is UNKNOWN_TASK keeps them apart.
+    What is longer than block_size loses whole demonstrations (`dropped` counts them); a task of which not even one pair
+    fits is left out (`too_long` names it).
     """
 
     window = 16
@@ -641,22 +645,23 @@ class ArcDataLoader(Loader):
             pairs, symmetry, colours = rng.permutation(len(pairs)).tolist(), int(rng.integers(8)), random_colours(rng)
             token = UNKNOWN_TASK if rng.random() < TASK_DROPOUT else token
         lengths = [pair_length(task_pairs[i], turned=symmetry % 2) for i in pairs]
-        if self.train and lengths[-1] > self.block_size:  # answer with a pair that fits; the shortest does
+        if self.train and lengths[-1] > self.block_size:  # the last pair is always shown: make it one that fits
             best = int(np.argmin(lengths))
-            pairs.append(pairs.pop(best)), lengths.append(lengths.pop(best))
+            pairs, lengths = [[*v[:best], *v[best + 1 :], v[best]] for v in (pairs, lengths)]
         first = first_that_fits(lengths, self.block_size)
         return Plan(task, pairs[first:], symmetry, colours, token, sum(lengths[first:]))
 
     def pack(self, plans: list[Plan]) -> list[list[Plan]]:
-        """Rows, each the plans in it: every plan goes into the first of the rows begun last that has room for it."""
+        """Rows of plans. Each plan goes into the first row with room for it among the last 64, so that this is fast."""
         rows: list[list[Plan]] = []
         used: list[int] = []  # tokens of each row
-        room = self.block_size if self.packed else 0
+        room = self.block_size if self.packed else 0  # 0: no second plan ever fits
         for plan in plans:
             near = range(max(0, len(rows) - 64), len(rows))
             i = next((i for i in near if used[i] + plan.length <= room), len(rows))
             if i == len(rows):
-                rows.append([]), used.append(0)
+                rows.append([])
+                used.append(0)
             rows[i].append(plan)
             used[i] += plan.length
         return rows
@@ -698,7 +703,7 @@ class ArcDataLoader(Loader):
         return torch.from_numpy(x), torch.from_numpy(y)
 
 class FineWebLoader(Loader):
-    """Windows of block_size + 1 tokens out of shards: x (B, T) the first block_size, y (B, T) the last.
+    """Windows of block_size + 1 tokens out of shards: x (B, T) is all but the last token, y (B, T) all but the first.
 
     Training: shards in random order, windows of each in random order. Validation: as they stand. `names` asks for just
     these files.
@@ -714,6 +719,7 @@ class FineWebLoader(Loader):
         self.fingerprint = digest(f"{f.name} {len(s)}".encode() + x
                                   for f, s, x in zip(self.files, self.shards, samples, strict=True))
         self.windows = [max(0, (len(s) - 1) // block_size) for s in self.shards]
+        self.first = np.concatenate([[0], np.cumsum(self.windows)])  # number of each shard's first window
         if sum(self.windows) < (self.effective if self.train else 1):
             raise UserError(f"{folder}: {sum(map(len, self.shards)):,} {split} tokens are fewer than one batch of "
                             f"{self.effective} x {block_size}; lower --batch-size or --block-size")
@@ -723,19 +729,18 @@ class FineWebLoader(Loader):
 
     def batches(self) -> Any:
         """The effective batches of this epoch, each the numbers of its windows, counted over all shards."""
-        first = np.concatenate([[0], np.cumsum(self.windows)])
         if not self.train:
-            return self.split_rows(np.arange(first[-1]))
+            return self.split_rows(np.arange(self.first[-1]))
         rng = self.rng()
-        order = np.concatenate([first[s] + rng.permutation(self.windows[s]) for s in rng.permutation(len(self.shards))])
+        shards = rng.permutation(len(self.shards))
+        order = np.concatenate([self.first[s] + rng.permutation(self.windows[s]) for s in shards])
         return order[: len(order) // self.effective * self.effective].reshape(-1, self.effective)
 
     def collate(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        ends = np.cumsum(self.windows)
         out = np.empty((len(rows), self.block_size + 1), np.int64)
         for i, row in enumerate(rows):
-            shard = int(np.searchsorted(ends, row, side="right"))
-            start = (int(row) - (int(ends[shard]) - self.windows[shard])) * self.block_size
+            shard = int(np.searchsorted(self.first, row, side="right")) - 1
+            start = int(row - self.first[shard]) * self.block_size
             out[i] = self.shards[shard][start : start + self.block_size + 1]
             if out[i].max() >= self.vocab_size:
                 raise UserError(f"{self.files[shard]}: token {out[i].max()} in a vocabulary of {self.vocab_size}")
@@ -757,7 +762,7 @@ class TrainConfig:
     batch_size: int = option(16, "sequences per micro-batch and device")
     grad_accum_steps: int = option(1, "micro-batches per device and optimizer step")
     max_steps: int = option(0, "optimizer steps, instead of the preset's minutes; 0: no limit but --max-minutes")
-    max_minutes: float = option(60.0, "wall-clock budget in minutes, kept across a resume; 0: no limit but --max-steps")
+    max_minutes: float = option(60.0, "wall-clock budget, also of what a resume continues; 0: no limit but --max-steps")
     max_lr: float = option(2e-3, "peak learning rate, for both optimizers")
     warmup_frac: float = option(0.02, "share of the run over which the learning rate rises from 0")
     decay_frac: float = option(0.4, "share of the run, at its end, over which the learning rate falls to 0")
@@ -769,17 +774,17 @@ class TrainConfig:
     demonstrations: str = option("both", "arc: learn from training tasks only, or also from the demonstrations of "
                                  "held-out and evaluation tasks (never from their answers)", "training", "both")
     packed: bool = option(False, "arc: several tasks in a row of block_size tokens, which do not see each other, "
-                          "instead of one padded task a row (small and base do)")
+                          "instead of one padded task per row (the default of small and base)")
     reset_at_document: bool = option(False, "fineweb: no document sees the one before it")
     seed: int = option(0, "of weights, order and augmentation")
     device: str = option("auto", "where to compute", "auto", "cpu", "cuda", "mps")
     dtype: str = option("auto", "of products; auto: bfloat16 where it is fast", "auto", "float32", "bfloat16")
     kernels: str = option("auto", "what computes the model; auto: the fastest functions that work here; plain: those "
                           "of train.py; triton: Triton's, or an error", "auto", "plain", "triton")
-    remat: bool = option(False, "save memory, for about a third more time: make activations again in the backward pass")
+    remat: bool = option(False, "save memory, for about a third more time: recompute activations in the backward pass")
     eval_every: int = option(100, "steps between evaluations; 0: only at the end")
     save_every: int = option(100, "steps between checkpoints; 0: none by steps")
-    save_minutes: float = option(10.0, "minutes between checkpoints, whatever the steps; 0: none by minutes")
+    save_minutes: float = option(10.0, "minutes between checkpoints, independent of the steps; 0: none by minutes")
     wandb: bool = option(False, "also log to Weights & Biases (pip install wandb)")
     out_dir: str = option("", "run folder (default: the first free of runs/arc, runs/arc-2, ...)")
 
@@ -800,7 +805,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 def schedule(progress: float, warmup_frac: float, decay_frac: float) -> float:
     """Share of the peak learning rate at a progress from 0 to 1: linear warm-up, stable, linear decay to 0."""
-    up = (progress + 1e-3) / (warmup_frac + 1e-3)
+    up = (progress + 1e-3) / (warmup_frac + 1e-3)  # 1e-3: the first step has a rate above 0
     down = (1 - progress) / max(decay_frac, 1e-9)
     return max(0.0, min(1.0, up, down))
 
@@ -808,8 +813,8 @@ class NorMuon(torch.optim.Optimizer):
     """Muon (Jordan 2024) with a second moment per neuron (NorMuon, Li et al. 2025, arXiv:2510.05491), for matrices.
 
     The update is the nearest orthogonal matrix to the momentum, each row divided by its running root mean square,
-    scaled to 0.2 root mean square so that AdamW's learning rates and weight decay fit (Liu et al. 2025). Iterates in
-    bfloat16 on a GPU and float32 elsewhere; matrices of one shape go through together.
+    scaled to 0.2 root mean square so that AdamW's learning rates and weight decay fit (Liu et al. 2025). The iteration
+    runs in bfloat16 on a GPU and float32 elsewhere; matrices of one shape go through it together.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, momentum: float = 0.95, beta2: float = 0.95):
@@ -817,7 +822,7 @@ class NorMuon(torch.optim.Optimizer):
 
     @staticmethod
     def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
-        """Newton-Schulz iteration on (K, n, m) matrices; singular values end near 1 (0.7 to 1.2)."""
+        """Jordan's Newton-Schulz iteration on matrices (count, n, m); singular values end near 1 (0.7 to 1.2)."""
         X = G.bfloat16() if G.is_cuda else G.float()
         X = X.mT if G.shape[-2] > G.shape[-1] else X
         X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -852,13 +857,13 @@ class NorMuon(torch.optim.Optimizer):
 class Optimizers:
     """NorMuon for hidden matrices, AdamW for the rest. Fused projections are split into the matrices they hold.
 
-    Every number of every parameter is in exactly one group. A part of a matrix is a leaf of its own that shares the
-    matrix's memory; `step` hands it its rows of the gradient.
+    Every number of every parameter is in exactly one group. A part of a matrix is a parameter of its own that shares
+    the matrix's memory; `step` gives it the matching rows of the gradient.
     """
 
     def __init__(self, model: GPT, cfg: TrainConfig):
         self.parts: list[tuple[nn.Parameter, nn.Parameter, slice]] = []
-        matrices, decay, plain = [], [], []
+        matrices, decay, no_decay = [], [], []
         for name, p in model.named_parameters():
             split = self.split_matrix(model, name, p) if cfg.optimizer == "muon" else []
             for where, to_muon in split:
@@ -867,10 +872,10 @@ class Optimizers:
                     self.parts.append((part, p, where))
                 (matrices if to_muon else decay).append(part)
             if not split:
-                (decay if p.dim() == 2 else plain).append(p)
-        groups = [dict(params=decay, weight_decay=cfg.weight_decay), dict(params=plain, weight_decay=0.0)]
+                (decay if p.dim() == 2 else no_decay).append(p)
+        groups = [dict(params=decay, weight_decay=cfg.weight_decay), dict(params=no_decay, weight_decay=0.0)]
         self.all: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=plain[0].device.type != "mps")
+            torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(0.9, 0.95), fused=no_decay[0].device.type != "mps")
         ]
         if matrices:
             self.all.append(NorMuon(matrices, lr=cfg.max_lr, weight_decay=cfg.weight_decay))
@@ -888,7 +893,8 @@ class Optimizers:
             d_inner, _, nheads = mixer.sizes
             sizes = [d_inner, d_inner, mixer.d_state, mixer.d_state, nheads]  # z, x, B, C to Muon; dt to AdamW
         else:
-            sizes = [len(p) // n for n in [3 if "qkv" in name else 2 if "up" in name else 1] for _ in range(n)]
+            n = 3 if "qkv" in name else 2 if "up" in name else 1  # query, key, value; gate, up; or one matrix
+            sizes = [len(p) // n] * n
         ends = np.cumsum(sizes).tolist()
         return [(slice(e - n, e), i < 4) for i, (n, e) in enumerate(zip(sizes, ends, strict=True))]
 
@@ -907,7 +913,7 @@ class Optimizers:
         return [o.state_dict() for o in self.all]
 
     def load_state_dict(self, states: list[dict]) -> None:
-        """Restore `state_dict()`, but for rates and the like, which are this run's own."""
+        """Restore the state, but keep the rates and the weight decay of this run."""
         for o, s in zip(self.all, states, strict=True):
             o.load_state_dict({"state": s["state"], "param_groups": o.state_dict()["param_groups"]})
 
@@ -961,10 +967,9 @@ class Runtime:
 
     def describe(self) -> str:
         """One line for the log: device, precision, ops, versions."""
-        cuda, threads = self.device.type == "cuda", f"{torch.get_num_threads()} threads"
-        name = torch.cuda.get_device_name(self.device) if cuda else threads
-        kind = f"{f'{self.world} x ' if self.world > 1 else ''}{self.device.type} ({name}), {str(self.dtype)[6:]}"
-        return f"{kind}, {self.ops.name}, torch {torch.__version__}"
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        many, dtype = f"{self.world} x " * (self.world > 1), str(self.dtype).removeprefix("torch.")
+        return f"{many}{self.device.type} ({name}), {dtype}, {self.ops.name}, torch {torch.__version__}"
 
 @twin("kernels")
 def pick_dtype(device: torch.device) -> torch.dtype:
@@ -980,13 +985,13 @@ def hold(folder: Path) -> Any:
 def watch_signals() -> Any:
     """A context with `.up`, whether the run is to stop, and `.at_once()`, a context in which a signal stops at once.
 
-    In the plain version Ctrl-C ends the run as it ends any program; what was saved stays.
+    In the plain version Ctrl-C ends the run at once, and the last checkpoint stays.
     """
     return contextlib.nullcontext(argparse.Namespace(up=False, at_once=contextlib.nullcontext))
 
 @twin("runs")
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Plain tensors and containers; written beside `path` first, so that the old one stays until this one is whole."""
+    """Save tensors and containers; to a temporary file first, so that the old one stays until this one is whole."""
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -997,7 +1002,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 @twin("runs")
 def open_log(folder: Path, step: int, config: dict[str, Any]) -> Callable:
-    """A function that adds one JSON object (its keyword arguments) to `metrics.jsonl`, which is cut back to `step`."""
+    """A function that adds its keyword arguments to `metrics.jsonl` as one line; lines of later steps are removed."""
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
@@ -1024,7 +1029,7 @@ class Data:
     tokenizer: Any = None  # text: tiktoken's, where its vocabulary can be had
 
 def open_arc(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: dict[str, int]) -> Data:
-    """ARC loaders; writes the official tasks to arc_data/ the first time. Sets the number of task tokens."""
+    """ARC loaders; writes the official tasks to arc_data/ the first time. `model_cfg` learns what depends on them."""
     folder = Path(cfg.data_dir) if cfg.data_dir else HERE / "arc_data" / "arcagi"
     if not cfg.data_dir and not folder.is_dir() and runtime.rank == 0:
         from arc_data.prepare import prepare
@@ -1047,10 +1052,9 @@ def open_arc(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: 
 
 def open_text(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: dict[str, int],
               names: list[str] | None) -> Data:
-    """FineWeb-Edu loaders, of just these training shards where `names` is given; the tokenizer, if it can be had."""
+    """FineWeb-Edu loaders, of just the shards in `names` if given. `model_cfg` learns what depends on the shards."""
     folder = Path(cfg.data_dir) if cfg.data_dir else HERE / "data"
-    meta = read_meta(folder)
-    if meta:
+    if meta := read_meta(folder):
         model_cfg.vocab_size = math.ceil(meta["vocab_size"] / 128) * 128
     model_cfg.document_token = meta.get("end_of_text", END_OF_TEXT) if cfg.reset_at_document else -1
     sizes = (cfg.batch_size, model_cfg.block_size, model_cfg.vocab_size)
@@ -1158,14 +1162,14 @@ def score_answers(predicted: list[Grid | None], answers: list[Grid]) -> dict[str
     }
 
 @twin("decode")
-def continue_text(model: GPT, data: Data, runtime: Runtime) -> str:
-    """How the model goes on behind the start of the validation shard. The plain version draws nothing."""
-    return ""
+def continue_text(model: GPT, data: Data, runtime: Runtime) -> dict[str, str]:
+    """A "sample" of how the model continues the start of the validation shard. The plain version draws none."""
+    return {}
 
 def answer_questions(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder: Path) -> dict[str, float]:
     """Scores of greedy answers to the held-out questions; the answers go to `predictions.json`."""
     prompts = [make_prompt(task, model.config.block_size, data.task_tokens) for task in data.questions]
-    longest = cfg.max_grid * (cfg.max_grid + 1) + 1
+    longest = cfg.max_grid * (cfg.max_grid + 1) + 1  # tokens of the largest answer
     batch_tokens = math.ceil(cfg.batch_size / runtime.pieces) * (model.config.block_size + longest)
     predicted = [grid for grid, _ in answer_prompts(model, prompts, runtime, longest, batch_tokens)]
     names = [task.name for task in data.questions]
@@ -1184,7 +1188,7 @@ def evaluate(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder:
     found: dict[str, Any] = {"val_loss": validation_loss(model, data.val, runtime, batches)}
     if data.tokenizer:
         found["bits_per_byte"] = found["val_loss"] / math.log(2) / data.bytes_per_token
-        found["sample"] = continue_text(model, data, runtime)
+        found |= continue_text(model, data, runtime)
     if data.questions:
         found |= answer_questions(model, data, cfg, runtime, folder)
     model.train()
@@ -1217,7 +1221,7 @@ def snapshot(model: GPT, optimizers: Optimizers, loader: Loader, step: int, minu
 
 @twin("runs")
 def restore(state: dict, folder: Path, model: GPT, optimizers: Optimizers, loader: Loader) -> tuple[int, float, int]:
-    """Undo `snapshot`: step, minutes spent and steps skipped."""
+    """Put back what `snapshot` took; the step, the minutes spent and the steps skipped."""
     model.load_state_dict(state["model"])
     optimizers.load_state_dict(state["optimizer"])
     loader.load_state_dict(state["loader"])
@@ -1227,7 +1231,7 @@ def restore(state: dict, folder: Path, model: GPT, optimizers: Optimizers, loade
     return int(state["step"]), float(state["minutes"]), int(state["skipped"])
 
 def finish(folder: Path, data: Data, found: dict[str, Any], step: int, minutes: float, skipped: int) -> None:
-    """The summary, which `grep` finds, and the pictures."""
+    """Print the summary, one "name: value" per line so that grep finds it, and draw the pictures."""
     print("---")
     for name, value in {"steps": step, "minutes": minutes, "skipped": skipped, **found}.items():
         print(f"{name + ':':<18}{value:.4f}" if isinstance(value, float) else f"{name + ':':<18}{value!r}")
@@ -1257,10 +1261,11 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
     optimizers, size = Optimizers(model, cfg), sum(p.numel() for p in model.parameters())
     runtime.say(f"model       {size:,} parameters, {model_cfg.pattern}; effective batch {data.train.effective} x up to "
                 f"{model_cfg.block_size} tokens; {cfg.optimizer} at {cfg.max_lr:g}")
-    fit_to_memory(model, optimizers, cfg, runtime)
+    fit_to_memory(model, optimizers, cfg, runtime)  # clears the optimizers' state
     step, before, skipped = restore(state, folder, model, optimizers, data.train) if state else (0, 0.0, 0)
-    saved, saved_at, state = step if state else None, before, None  # the last checkpoint's step and minutes
-    if runtime.rank:  # dropout differs between ranks
+    saved, saved_at = (step if state else None), before  # step and minutes of the last checkpoint
+    state = None  # gives its memory back
+    if runtime.rank:  # each rank needs dropout of its own
         torch.manual_seed(hash((cfg.seed, runtime.rank, step)))
     network = nn.parallel.DistributedDataParallel(model) if runtime.world > 1 else model
     if runtime.rank == 0:
@@ -1272,19 +1277,20 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
         log = open_log(folder, step, config)
 
     iterator, began, found, bad, stopping = iter(data.train), time.monotonic(), {}, 0, False
-    bar = tqdm(total=1.0, disable=not runtime.rank == 0, miniters=0, mininterval=1 if sys.stderr.isatty() else 30,
+    bar = tqdm(total=1.0, disable=runtime.rank > 0, miniters=0, mininterval=1 if sys.stderr.isatty() else 30,
                bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}")
     with bar, watch_signals() as stop:
         while True:
             minutes, stopping = runtime.all_max(before + (time.monotonic() - began) / 60, stop.up)
             progress = max(step / (cfg.max_steps or math.inf), minutes / (cfg.max_minutes or math.inf))
             done = progress >= 1
-            due = [step > 0 and every > 0 and step % every == 0 for every in (cfg.eval_every, cfg.save_every)]
-            evaluates = not stopping and (done or due[0])
+            intervals = cfg.eval_every, cfg.save_every
+            eval_due, save_due = (step > 0 and every > 0 and step % every == 0 for every in intervals)
+            evaluates = not stopping and (done or eval_due)
 
-            # once in a while save: before every evaluation, which may take long, and at the end
-            late = 0 < cfg.save_minutes <= minutes - saved_at
-            if (done or stopping or evaluates or late or step == 0 or due[1]) and step != saved:
+            # once in a while save: at the start, when it is due, before every evaluation (it may take long), at the end
+            save_due |= 0 < cfg.save_minutes <= minutes - saved_at
+            if (done or stopping or evaluates or save_due or step == 0) and step != saved:
                 if runtime.rank == 0:
                     save_checkpoint(folder / "checkpoint.pt",
                                     snapshot(model, optimizers, data.train, step, minutes, skipped, cfg))
@@ -1295,19 +1301,17 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
             # once in a while evaluate: the validation loss, and a few tasks answered
             if evaluates:
                 if runtime.rank == 0:
-                    with stop.at_once():
+                    with stop.at_once():  # a signal leaves this block, because everything has been saved
                         found = evaluate(model, data, cfg, runtime, folder)
                         log(step=step, minutes=minutes, **found)
-                    shown = "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"\n{v!r}" for k, v in found.items())
-                    bar.write(f"step {step:>6}  {minutes:5.1f} min  {shown}")
+                        shown = [f"{k} {v:.4f}" if isinstance(v, float) else f"\n{v!r}" for k, v in found.items()]
+                        bar.write(f"step {step:>6}  {minutes:5.1f} min  {'  '.join(shown)}")
                 (stopping,) = runtime.all_max(stop.up)  # the other ranks wait
-                if stopping:
-                    continue
-            if done:
+            if stopping or done:
                 break
 
             # do one step of the optimization
-            start, tokens, padding = time.monotonic(), data.train.tokens, data.train.padding
+            start, tokens_before, padding_before = time.monotonic(), data.train.tokens, data.train.padding
             batches, iterator = next_batches(data.train, iterator)
             lr = cfg.max_lr * schedule(progress, cfg.warmup_frac, cfg.decay_frac)
             loss, norm = optimizer_step(network, optimizers, batches, lr, cfg, runtime)
@@ -1315,7 +1319,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
             bad = 0 if math.isfinite(loss + norm) else bad + 1
             skipped += bad > 0
             if runtime.rank == 0:
-                tokens, padding = data.train.tokens - tokens, data.train.padding - padding
+                tokens, padding = data.train.tokens - tokens_before, data.train.padding - padding_before
                 speed = (tokens - padding) * runtime.world / (time.monotonic() - start)
                 log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=speed, padding=padding / tokens,
                     epoch=data.train.epoch, minutes=minutes, skipped=skipped)
@@ -1323,8 +1327,8 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
                                     f"padding {data.train.padding / data.train.tokens:.0%}", refresh=False)
                 bar.update(progress - bar.n)
             if bad == MAX_BAD_STEPS:
-                raise UserError(f"step {step}: loss or gradient were not finite {bad} times in a row; {folder} holds "
-                                f"step {saved}; start again with a lower --max-lr, or resume from there")
+                raise UserError(f"step {step}: the loss or the gradient was not finite {bad} times in a row; "
+                                f"{folder} holds step {saved}; start again with a lower --max-lr, or resume from there")
     if runtime.rank == 0 and stopping:
         where = shlex.quote(str(folder))
         print(f"stopped at step {step} and saved; to go on: python train.py --resume --out-dir {where}")
@@ -1360,7 +1364,7 @@ def make_config(given: dict[str, Any], has_gpu: bool) -> tuple[ModelConfig, Trai
 
 @twin("runs")
 def resume_config(given: dict[str, Any]) -> tuple[ModelConfig, TrainConfig]:
-    """A run's recorded settings, but for the flags given."""
+    """A run's recorded settings, with the flags given on top. The plain version checks nothing."""
     config = json.loads((Path(given["out_dir"]) / "config.json").read_text(encoding="utf-8"))
     return ModelConfig(**config["model"]), TrainConfig(**config["train"] | given)
 
@@ -1372,8 +1376,8 @@ def make_parser() -> Parser:
     parser.add_fields(TrainConfig, "run", varied)
     parser.add_fields(ModelConfig, "model (default: the preset's)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out-dir, with its recorded "
-                        "settings; --max-steps or --max-minutes given again extends it; data, device, precision and "
-                        "intervals may change too")
+                        "settings; --max-steps or --max-minutes extends it; data, device, precision, intervals and micro-"
+                        "batches may change too")
     return parser
 
 def main(argv: list[str] | None = None) -> int:
@@ -1391,5 +1395,5 @@ def main(argv: list[str] | None = None) -> int:
     return run_script("train.py", work, memory="lower --block-size or --d-model")
 
 if __name__ == "__main__":
-    sys.modules["train"] = sys.modules["__main__"]  # what extras/ imports is this very module
+    sys.modules["train"] = sys.modules["__main__"]  # extras/ imports train: let it find this, not load a second copy
     sys.exit(main())
