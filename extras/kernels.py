@@ -61,7 +61,8 @@ class Normalize(torch.autograd.Function):
             h = xs if gate is None else F.silu(gate[rows].float()).mul_(xs)
             torch.linalg.vector_norm(h, dim=-1, keepdim=True, out=ss)
             ss.square_().div_(h.shape[-1]).add_(eps).rsqrt_()
-            y[rows] = h.mul(ss).mul_(w) if shift is None else torch.addcmul(shift, h * ss, w)
+            n = h * ss if gate is None else h.mul_(ss)
+            torch.mul(n, w, out=y[rows]) if shift is None else torch.addcmul(shift, n, w, out=y[rows])
         ctx.save_for_backward(x, gate, weight, table, scale)
         ctx.runs = runs
         return y
@@ -77,17 +78,17 @@ class Normalize(torch.autograd.Function):
             xs, ss, dys = x[rows].float(), scale[rows], dy[rows].float()
             z = None if gate is None else gate[rows].float()
             silu = None if z is None else F.silu(z)
-            n = (xs if z is None else silu * xs).mul(ss)
+            n = xs * ss if z is None else (silu * xs).mul_(ss)
             dn = dys * n
-            total = dn.sum(0)
+            total, inner = dn.sum(0), torch.mv(dn, w).div_(len(w))[:, None]
             dweight += total * more
             if shift is not None:
                 dtable[task] += torch.cat([total * weight, dys.sum(0)])
-            dh = (dys * w).addcmul_(n, torch.mv(dn, w).div_(len(w))[:, None], value=-1).mul_(ss)
+            dh = torch.mul(dys, w, out=dn).addcmul_(n, inner, value=-1)
             if z is None:
-                dx[rows] = dh
+                torch.mul(dh, ss, out=dx[rows])
             else:
-                dx[rows] = dh * silu
+                torch.mul(dh.mul_(ss), silu, out=dx[rows])
                 dgate[rows] = torch.ops.aten.silu_backward(dh.mul_(xs), z)
         return dx, dgate, dweight, dtable, None, None
 
@@ -120,29 +121,33 @@ class CausalConv(torch.autograd.Function):
     """`causal_conv` as shifted multiply-adds: x (B, T, C), weight (K, C), bias (C,), seq_idx (B, T) or None."""
 
     @staticmethod
-    def shifted(v: Tensor, seq_idx: Tensor | None, back: int, rows: slice, times: slice) -> tuple[int, Tensor]:
-        """v at `back` before `times`, zero where that is another sequence, and how many of the times have none."""
-        none = max(0, back - times.start)
-        now, then = slice(times.start + none, times.stop), slice(times.start + none - back, times.stop - back)
-        v = v[rows, then].float()
-        if seq_idx is not None and back:
-            v = v * (seq_idx[rows, then] == seq_idx[rows, now])[..., None]
-        return none, v
+    def taps(x, seq_idx, rows, times, taps):
+        """For each tap how far back it reaches, the times that far back, the first of `times` that has one, and mask.
+
+        The mask (rows, times, 1), or None, is 0 where what lies that far back is another sequence.
+        """
+        for back in range(min(taps, times.stop)):
+            none = max(0, back - times.start)
+            now, then = slice(times.start + none, times.stop), slice(times.start + none - back, times.stop - back)
+            same = None if seq_idx is None or not back else (seq_idx[rows, then] == seq_idx[rows, now])[..., None]
+            yield -1 - back, then, none, same
 
     @staticmethod
     def before_silu(x, weight, bias, seq_idx, rows, times):
         """What goes into the SiLU at those rows and times."""
-        y = torch.addcmul(bias, x[rows, times].float(), weight[-1])
-        for back in range(1, min(len(weight), times.stop)):
-            none, v = CausalConv.shifted(x, seq_idx, back, rows, times)
-            y[:, none:].addcmul_(v, weight[-1 - back])
+        y = None
+        for tap, then, none, same in CausalConv.taps(x, seq_idx, rows, times, len(weight)):
+            v = x[rows, then].float() if same is None else x[rows, then] * same
+            y = torch.addcmul(bias, v, weight[tap]) if y is None else y
+            if tap < -1:
+                y[:, none:].addcmul_(v, weight[tap])
         return y
 
     @staticmethod
     def forward(ctx, x, weight, bias, seq_idx):
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        y = torch.empty(x.shape, dtype=x.dtype)
         for at in tiles(*x.shape):
-            y[at] = F.silu(CausalConv.before_silu(x, weight, bias, seq_idx, *at))
+            y[at] = F.silu(CausalConv.before_silu(x, weight, bias, seq_idx, *at), inplace=True)
         ctx.save_for_backward(x, weight, bias, seq_idx)
         return y
 
@@ -150,18 +155,19 @@ class CausalConv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, bias, seq_idx = ctx.saved_tensors
-        dx, dweight, dbias = torch.zeros(x.shape, dtype=torch.float32), torch.zeros_like(weight), torch.zeros_like(bias)
+        dx, dweight, dbias = torch.empty(x.shape), torch.zeros_like(weight), torch.zeros_like(bias)
         for rows, times in tiles(*x.shape):
-            pre = CausalConv.before_silu(x, weight, bias, seq_idx, rows, times)
-            d = torch.ops.aten.silu_backward(dy[rows, times].float(), pre)
+            d = CausalConv.before_silu(x, weight, bias, seq_idx, rows, times)
+            d = torch.ops.aten.silu_backward.grad_input(dy[rows, times].float(), d, grad_input=d)
             dbias += d.sum((0, 1))
-            for back in range(min(len(weight), times.stop)):
-                none, v = CausalConv.shifted(x, seq_idx, back, rows, times)
-                dweight[-1 - back] += (d[:, none:] * v).sum((0, 1))
-                late = d[:, none:] if seq_idx is None or not back else d[:, none:] * (
-                    seq_idx[rows, times.start + none - back : times.stop - back] ==
-                    seq_idx[rows, times.start + none : times.stop])[..., None]
-                dx[rows, times.start + none - back : times.stop - back].addcmul_(late, weight[-1 - back])
+            for tap, then, none, same in CausalConv.taps(x, seq_idx, rows, times, len(weight)):
+                late = d if not none else d[:, none:]
+                late = late if same is None else late * same
+                dweight[tap] += (late * x[rows, then]).sum((0, 1))
+                if tap == -1:
+                    torch.mul(late, weight[tap], out=dx[rows, then])
+                else:
+                    dx[rows, then].addcmul_(late, weight[tap])
         return dx.to(x.dtype), dweight, dbias, None
 
 
