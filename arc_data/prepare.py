@@ -97,6 +97,9 @@ def prepare(version: str, out_dir: Path | str = HERE, source: Path | str | None 
     if place(target, tasks) and sizes(tasks) != OFFICIAL[version]:
         official = "; ".join(f"{n} {split} tasks ({t} tests)" for split, (n, t) in OFFICIAL[version].items())
         print(f"note: the official {version} has {official}")
+    if both := tasks["training"].keys() & tasks["evaluation"].keys():
+        print(f"note: {len(both)} tasks, such as {min(both)}, are in training/ and in evaluation/: a score on them "
+              "would mean nothing")
     return target
 
 

@@ -50,8 +50,9 @@ def read_grid(value: Any, where: str) -> Grid:
         raise UserError(f"{where} has {len(value)} rows of {len(value[0]) if value else 0}; sides must be 1 to 30")
     if any(len(row) != len(value[0]) for row in value):
         raise UserError(f"{where} is ragged: its rows differ in length")
-    for cell in (c for row in value for c in row):
-        if type(cell) is not int or not 0 <= cell <= 9:
+    for row in value:
+        if set(map(type, row)) != {int} or min(row) < 0 or max(row) > 9:
+            cell = next(c for c in row if type(c) is not int or not 0 <= c <= 9)
             raise UserError(f"{where} has a cell {str(cell)[:20]!r}; colours are the integers 0 to 9")
     return np.array(value, dtype=np.uint8)
 
@@ -173,11 +174,10 @@ def canonical_hash(pair: Pair) -> str:
     forms = []
     for symmetry in range(8):
         grids = [apply_symmetry(g, symmetry) for g in pair]
-        cells = np.concatenate([g.ravel() for g in grids])
-        values, first, inverse = np.unique(cells, return_index=True, return_inverse=True)
-        rank = np.empty(len(values), np.uint8)
-        rank[np.argsort(first)] = np.arange(len(values))  # colours numbered in order of appearance
-        forms.append(bytes(sum((g.shape for g in grids), ())) + rank[inverse].tobytes())
+        cells = b"".join(g.tobytes() for g in grids)
+        colours = bytes(dict.fromkeys(cells))  # in the order in which they appear
+        ranks = bytes.maketrans(colours, bytes(range(len(colours))))
+        forms.append(bytes(side for g in grids for side in g.shape) + cells.translate(ranks))
     return hashlib.sha256(min(forms)).hexdigest()[:16]
 
 

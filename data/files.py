@@ -6,7 +6,6 @@ Only the standard library is imported here, so that a script can say what is wro
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
 import errno
 import json
@@ -15,9 +14,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
-
-MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
-         codecs.BOM_UTF16_BE: "utf-16"}  # byte order mark -> encoding; the longer ones first  # fmt: skip
 
 
 class UserError(Exception):
@@ -51,15 +47,10 @@ def read_bytes(path: Path | str) -> bytes:
     return path.read_bytes()
 
 
-def encoding_of(data: bytes) -> str:
-    """The encoding of a text by its first four bytes: UTF-8, with or without a byte order mark, if no other has one."""
-    return next((encoding for mark, encoding in MARKS.items() if data.startswith(mark)), "utf-8-sig")
-
-
 def read_text(path: Path | str, errors: str = "strict") -> str:
-    """The text of a file in UTF-8, with or without a byte order mark, or in UTF-16 or UTF-32 with one."""
+    """The text of a file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark."""
     data = read_bytes(path)
-    return data.decode(encoding_of(data), errors)
+    return data.decode(json.detect_encoding(data), errors)
 
 
 def read_json(path: Path | str) -> Any:

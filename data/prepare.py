@@ -43,7 +43,6 @@ sys.path[:0] = [str(HERE.parent)] * (str(HERE.parent) not in sys.path)
 from data.files import (  # noqa: E402
     Parser,
     UserError,
-    encoding_of,
     files_below,
     fits,
     read_json,
@@ -333,7 +332,7 @@ def opened(path: Path, at: int) -> Iterator[tuple[Any, int, Callable[[], int]]]:
     with open(path, "rb") as raw, gzip.open(raw) if path.suffix.lower() == ".gz" else raw as stream:
         start = stream.read(4)
         stream.seek(0)
-        if (encoding := encoding_of(start)) == "utf-8-sig":
+        if (encoding := json.detect_encoding(start)).startswith("utf-8"):
             at = max(at, len(BOM)) if start.startswith(BOM) else at
             stream.seek(at)
         else:

@@ -115,6 +115,9 @@ def test_from_a_clone_with_other_keys_hidden_answers_and_stray_files(tmp_path, c
     assert {f.name for f in (folder / "training").iterdir()} == {"hidden.json", "training1.json"}
     assert json.loads((folder / "training" / "hidden.json").read_text()) == {k: hidden[k] for k in ("train", "test")}
     assert "note: the official arcagi has 400 training tasks" in capsys.readouterr().out
+    shutil.copy(source / "training" / "hidden.json", source / "evaluation")
+    prepare("arcagi", tmp_path / "both", source)
+    assert "note: 1 tasks, such as hidden, are in training/ and in evaluation/" in capsys.readouterr().out
 
 
 BAD_TASKS = {

@@ -154,7 +154,7 @@ def test_any_name_of_a_tokenizer(name):
         shards.load_tokenizer(name)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-32-be"])
 def test_json_in_every_encoding(encoding, tmp_path):
     (tmp_path / "x.json").write_bytes(json.dumps({"é": "東"}, ensure_ascii=False).encode(encoding))
     assert files.read_json(tmp_path / "x.json") == {"é": "東"}
@@ -384,6 +384,14 @@ def test_what_is_a_bug_is_not_hidden(error):
         run_script("p.py", raising(error))
     assert (sys.stdin, sys.stdout, sys.stderr) == streams
     assert [run_script("p.py", lambda code=code: code) for code in (None, 0, 3)] == [0, 0, 3]
+
+
+def test_another_package_of_our_name_does_not_take_our_place(tmp_path):
+    for name in ("data", "arc_data"):
+        put(tmp_path / name / "__init__.py", "")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / "data" / "prepare.py", "--help"]
+    assert subprocess.run(command, capture_output=True, env=env, cwd=tmp_path).returncode == 0
 
 
 def test_reading_files_loads_nothing_large():
