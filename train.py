@@ -1376,8 +1376,8 @@ def make_parser() -> Parser:
     parser.add_fields(TrainConfig, "run", varied)
     parser.add_fields(ModelConfig, "model (default: the preset's)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out-dir, with its recorded "
-                        "settings; --max-steps or --max-minutes extends it; data, device, precision, intervals and micro-"
-                        "batches may change too")
+                        "settings; --max-steps or --max-minutes extends it; data, device, precision, intervals and the "
+                        "size of micro-batches may change too")
     return parser
 
 def main(argv: list[str] | None = None) -> int:

@@ -140,11 +140,21 @@ def shared_mean_loss(model: GPT, pieces: list[Batch], runtime: Runtime, learn: b
 # == FITTING ==========================================================================================================
 
 
+def count_weights(cfg: ModelConfig) -> int:
+    """Parameters of such a model. Reckoned, because making it, even without data, may take memory or seconds."""
+    d, d_inner = cfg.d_model, cfg.expand * cfg.d_model
+    heads, d_xbc = d_inner // cfg.headdim, d_inner + 2 * cfg.d_state
+    mamba = d * (d_inner + d_xbc + heads) + d_xbc * (cfg.d_conv + 1) + 3 * heads + d_inner * (d + 1)
+    mixer = {"A": 4 * d * d, "M": mamba}
+    blocks = sum(mixer[letter] + 3 * d * cfg.d_ff + 2 * d for letter in cfg.pattern)
+    tables = cfg.vocab_size * (1 if cfg.tie_embeddings else 2) if not cfg.grid else (
+        train.UNKNOWN_TASK + 1 + cfg.n_tasks + cfg.vocab_size + 32 + 32 + 2 + 9 * 11 + 4 * d * len(cfg.pattern))
+    return blocks + d * (tables + 1)
+
+
 def check_room(model_cfg: ModelConfig) -> None:
     """UserError if not even the weights of such a model fit in memory."""
-    needed = math.inf
-    with torch.device("meta"), contextlib.suppress(RuntimeError):  # of numbers beyond 64 bits
-        needed = sum(p.nbytes for p in GPT(model_cfg).parameters())
+    needed = 4 * count_weights(model_cfg)
     if needed > (free := free_memory()):
         raise UserError(f"a model of these sizes has {needed / 1e9:,.1f} GB of weights where {free / 1e9:,.1f} GB of "
                         "memory are free; lower --d-model, --d-ff or the number of layers")
