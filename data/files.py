@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import importlib
 import json
 import os
 import sys
@@ -34,6 +35,14 @@ def from_here(path: Path | str) -> Path:
     with contextlib.suppress(OSError, ValueError):  # the current folder may have been deleted
         return path.relative_to(Path.cwd())
     return path
+
+
+def package(name: str, pip: str, use: str) -> Any:
+    """An optional package, imported. Raises UserError with the remedy if it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{use} needs {pip} ({error}): pip install {pip}") from None
 
 
 # == READING ==========================================================================================================

@@ -24,6 +24,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from data import documents as blocks
 from data import prepare as script
 from data import shards
 from data.files import UserError
@@ -149,9 +150,9 @@ def random_documents(seed: int, count: int = 60) -> list[str]:
 
 def small_blocks(monkeypatch, block: int, longest: int = 1 << 18) -> None:
     """Blocks so small that a test's corpus has many; everything else takes the same path."""
-    monkeypatch.setattr(script, "BLOCK", block)
-    monkeypatch.setattr(script, "LONGEST", longest)
-    monkeypatch.setattr(script, "ROWS", 3)
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    monkeypatch.setattr(blocks, "LONGEST", longest)
+    monkeypatch.setattr(blocks, "ROWS", 3)
 
 
 FORMATS = ("c.jsonl", "c.jsonl.gz", "c.parquet")
@@ -184,7 +185,7 @@ def test_white_space_of_any_length_loses_nothing(text, kind, block, longest, inl
     file = raw(tmp_path / {"jsonl": "c.jsonl", "gzip": "c.txt.gz"}.get(kind, "c.txt"), data)
     files = [{"name": file.name, "bytes": len(data)}]
     found = [script.encode_block(b.kind, b.data, b.inside)
-             for b in script.all_blocks(files, lambda name: file, script.Position())]  # fmt: skip
+             for b in blocks.all_blocks(files, lambda name: file, blocks.Position())]  # fmt: skip
     assert [int(i) for encoded in found for i in encoded.tokens] == expected(inline, documents)
     assert sum(encoded.empty for encoded in found) == sum(not d.strip(BLANK) for d in documents)
 
