@@ -2,42 +2,21 @@
 
 import itertools
 import json
-import pickle
+import re
 import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    MAGIC,
-    parse_pairs,
-    random_grid,
-    random_tasks,
-    same_pairs,
-    sequence,
-    task_json,
-    write_shard,
-    write_text,
-)
+from helpers import parse_pairs, random_grid, random_tasks, same_pairs, sequence, task_json, write_shard, write_text
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from train import (
-    END,
-    IGNORE_INDEX,
-    SHARE_EVALUATION_PAIRS,
-    UNKNOWN_TASK,
-    ArcDataLoader,
-    DataError,
-    FineWebLoader,
-    Task,
-    apply_symmetry,
-    canonical_hash,
-    load_arc,
-    next_batches,
-    origin,
-    pair_length,
-    read_split,
-)
+from arc_data.tasks import SHARE_EVALUATION_PAIRS, Task, apply_symmetry, base_task, canonical_hash, load_arc, read_split
+from data.files import UserError
+from data.shards import Shard
+from train import END, IGNORE_INDEX, UNKNOWN_TASK, ArcDataLoader, FineWebLoader, next_batches, pair_length
 
 ROOMY = 4096  # a block size that every small task fits
 
@@ -51,9 +30,9 @@ def whole(x, y):
     return found
 
 
-def rows_of_steps(loaders, accum):
-    """The rows of each optimizer step of an epoch over all ranks, in no order inside a step."""
-    epochs = [list(loader) for loader in loaders]
+def rows_of_steps(loaders):
+    """The rows of each optimizer step of what is left of an epoch, over all ranks, in no order inside a step."""
+    epochs, accum = [list(loader) for loader in loaders], loaders[0].accum
     assert len({len(e) for e in epochs}) == 1, "ranks fall out of step"
     rows = [list(itertools.chain(*(whole(*e[i]) for e in epochs))) for i in range(len(epochs[0]))]
     return [sorted(itertools.chain(*rows[i : i + accum])) for i in range(0, len(rows), accum)]
@@ -61,28 +40,30 @@ def rows_of_steps(loaders, accum):
 
 def same(one, other):
     """Whether two lists of batches are equal."""
-    return len(one) == len(other) and all(
-        a.shape == b.shape and torch.equal(a, b)
-        for p, q in zip(one, other, strict=True)
-        for a, b in zip(p, q, strict=True)
-    )
+    return len(one) == len(other) and all(a.shape == b.shape and torch.equal(a, b)
+                                          for p, q in zip(one, other, strict=True) for a, b in zip(p, q, strict=True))
 
 
-def make(kind, tmp_path, train=True, **options):
-    """A small loader of either kind."""
-    options = dict(batch_size=2) | options
-    if kind == "arc":
-        return ArcDataLoader(random_tasks(23), block_size=ROOMY, train=train, **options)
-    folder = tmp_path / "text"
-    if not folder.exists():
-        write_text(folder, tokens=620)
-    return FineWebLoader(folder, "train" if train else "val", block_size=16, **options)
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder with a few windows of text."""
+    return write_text(tmp_path_factory.mktemp("text"), tokens=620)
 
 
-both = pytest.mark.parametrize("kind", ["arc", "fineweb"])
+@pytest.fixture(scope="module", params=["arc", "fineweb"])
+def make(request, text):
+    """A function that makes a small loader of either kind."""
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a batch of ARC tasks holds
+    def make(train=True, **options):
+        options = dict(batch_size=2) | options
+        if request.param == "arc":
+            return ArcDataLoader(random_tasks(23), block_size=ROOMY, train=train, **options)
+        return FineWebLoader(text, "train" if train else "val", block_size=16, **options)
+
+    return make
+
+
+# == WHAT A BATCH OF ARC TASKS HOLDS ==================================================================================
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -124,9 +105,8 @@ def recolouring(one, other):
     """The colours that turn one list of grids into another, or None where none do or where black changes."""
     if [g.shape for g in one] != [g.shape for g in other]:
         return None
-    table = set(zip(*(np.concatenate([g.ravel() for g in grids]).tolist() for grids in (one, other)), strict=True)) | {
-        (0, 0)
-    }
+    cells = (np.concatenate([g.ravel() for g in grids]).tolist() for grids in (one, other))
+    table = set(zip(*cells, strict=True)) | {(0, 0)}
     return table if len(table) == len({a for a, _ in table}) == len({b for _, b in table}) else None
 
 
@@ -224,7 +204,7 @@ def test_tasks_too_long_for_the_block_are_named_and_none_left_is_an_error():
     tasks[2] = Task("huge", [(random_grid(rng, 30, 20), random_grid(rng, 30, 20))] * 3)
     loader = ArcDataLoader(tasks, 2, 400)
     assert loader.too_long == ["huge"] and "huge" not in [t.name for t in loader.tasks]
-    with pytest.raises(DataError, match="--block-size 50"):
+    with pytest.raises(UserError, match="--block-size 50"):
         ArcDataLoader(tasks[2:3], 2, 50)
 
 
@@ -232,43 +212,49 @@ def test_padding_is_under_15_percent_of_official_training_tokens(arc_dir):
     for demonstrations, holdout in (("training", 0), ("both", 40)):
         tasks = load_arc(arc_dir, holdout, 30, demonstrations).tasks
         loader = ArcDataLoader(tasks, 16, 4096)
-        for _ in range(2):
-            for _batch in loader:
-                pass
+        assert list(loader)
         assert loader.padding / loader.tokens < 0.15, f"{loader.padding / loader.tokens:.1%} with {len(tasks)} tasks"
         assert not any(loader.too_long)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Order, epochs and resuming, for both loaders
+# == ORDER, EPOCHS AND RESUMING, OF BOTH LOADERS ======================================================================
 
 
-@both
-def test_order_is_a_function_of_seed_and_epoch(kind, tmp_path):
-    one, twin, other = (make(kind, tmp_path, seed=seed) for seed in (5, 5, 6))
+def test_order_is_a_function_of_seed_and_epoch(make):
+    one, again, other = (make(seed=seed) for seed in (5, 5, 6))
     epochs = [list(one) for _ in range(3)]
-    assert all(same(epoch, list(twin)) for epoch in epochs)
+    assert all(same(epoch, list(again)) for epoch in epochs)
     assert not any(same(a, b) for a, b in itertools.combinations(epochs, 2))
     assert not same(epochs[0], list(other))
 
 
-@both
-def test_ranks_and_micro_batches_are_slices_of_one_effective_batch(kind, tmp_path):
-    for options in ({"seed": 2}, {"seed": 3}):
-        expected = rows_of_steps([make(kind, tmp_path, batch_size=8, **options)], 1)
-        assert len(expected) > 1 and all(len(step) == 8 for step in expected)
-        assert expected == rows_of_steps([make(kind, tmp_path, batch_size=2, grad_accum_steps=4, **options)], 4)
-        for batch_size, accum in ((4, 1), (2, 2), (1, 4)):
-            sizes = dict(batch_size=batch_size, grad_accum_steps=accum, world_size=2)
-            ranks = [make(kind, tmp_path, rank=rank, **sizes, **options) for rank in range(2)]
-            assert expected == rows_of_steps(ranks, accum)
+SLICES = st.sampled_from([(b, a, 8 // (b * a)) for b in (1, 2, 4, 8) for a in (1, 2, 4, 8) if b * a <= 8])
 
 
-@both
-def test_state_in_the_middle_of_an_epoch_goes_on_exactly(kind, tmp_path):
-    loader = make(kind, tmp_path, seed=4, grad_accum_steps=2)
+@settings(max_examples=8)
+@example((8, 1, 1), (1, 2, 4), 2, 1)
+@given(SLICES, SLICES, st.integers(0, 9), st.integers(0, 2))
+def test_ranks_and_micro_batches_are_slices_of_one_order_that_a_resume_keeps(make, before, after, seed, steps):
+    """Eight rows in any (micro-batch, accumulation, ranks), and from any step on in any other."""
+
+    def ranks(batch_size, accum, world):
+        sizes = dict(batch_size=batch_size, grad_accum_steps=accum, world_size=world, seed=seed)
+        return [make(rank=rank, **sizes) for rank in range(world)]
+
+    expected, began, others = rows_of_steps(ranks(8, 1, 1)), ranks(*before), ranks(*after)
+    assert len(expected) > 1 and all(len(step) == 8 for step in expected)
+    for loader in began:
+        list(itertools.islice(loader, steps * loader.accum))
+    assert len({json.dumps(loader.state_dict()) for loader in began}) == 1, "ranks disagree on where they are"
+    for loader in others:
+        loader.load_state_dict(began[0].state_dict())
+    assert rows_of_steps(others) == expected[steps:] and rows_of_steps(ranks(*before)) == expected
+
+
+def test_state_in_the_middle_of_an_epoch_goes_on_exactly(make):
+    loader = make(seed=4, grad_accum_steps=2)
     batches, states, iterator = [], [], iter(loader)
-    for _ in range(3 * len(list(make(kind, tmp_path, grad_accum_steps=2)))):
+    for _ in range(3 * len(list(make(grad_accum_steps=2)))):
         states.append(json.loads(json.dumps(loader.state_dict())))  # plain numbers
         try:
             batches.append(next(iterator))
@@ -277,37 +263,15 @@ def test_state_in_the_middle_of_an_epoch_goes_on_exactly(kind, tmp_path):
             batches.append(next(iterator))
     assert states[-1]["epoch"] == 2
     for k, state in enumerate(states):
-        other = make(kind, tmp_path, seed=4, grad_accum_steps=2)
+        other = make(seed=4, grad_accum_steps=2)
         other.load_state_dict(state)
         found = [b for _ in range(3) for b in other][: len(batches) - k]
         assert same(found, batches[k:]), f"after {k} batches"
 
 
-@both
-def test_state_goes_on_with_other_micro_batches_and_ranks(kind, tmp_path):
-    loader = make(kind, tmp_path, batch_size=4, seed=1)
-    iterator = iter(loader)
-    next(iterator)
-    rest = make(kind, tmp_path, batch_size=4, seed=1)
-    expected = rows_of_steps([rest], 1)[1:]
-    ranks = [make(kind, tmp_path, batch_size=1, grad_accum_steps=2, seed=1, rank=r, world_size=2) for r in range(2)]
-    for rank in ranks:
-        rank.load_state_dict(loader.state_dict())
-    assert len(expected) > 1 and rows_of_steps(ranks, 2) == expected
-
-
-@both
-def test_state_of_another_effective_batch_is_refused(kind, tmp_path):
-    loader = make(kind, tmp_path, batch_size=4)
-    with pytest.raises((DataError, ValueError)):
-        make(kind, tmp_path, batch_size=2).load_state_dict(loader.state_dict())
-
-
-@both
 @pytest.mark.parametrize("train", [True, False])
-def test_after_an_epoch_a_new_iterator_starts_the_next(kind, train, tmp_path):
-    loader = make(kind, tmp_path, train=train)
-    lengths = []
+def test_after_an_epoch_a_new_iterator_starts_the_next(make, train):
+    loader, lengths = make(train=train), []
     for epoch in range(4):
         assert loader.epoch == epoch
         iterator = iter(loader)
@@ -317,11 +281,9 @@ def test_after_an_epoch_a_new_iterator_starts_the_next(kind, train, tmp_path):
     assert lengths == lengths[:1] * 4 and lengths[0] > 1
 
 
-@both
-def test_next_batches_goes_on_over_the_ends_of_epochs(kind, tmp_path):
-    loader = make(kind, tmp_path, grad_accum_steps=3)
-    twin = make(kind, tmp_path, grad_accum_steps=3)
-    expected = [b for _ in range(3) for b in twin]
+def test_next_batches_goes_on_over_the_ends_of_epochs(make):
+    loader, other = make(grad_accum_steps=3), make(grad_accum_steps=3)
+    expected = [b for _ in range(3) for b in other]
     iterator, found = iter(loader), []
     while len(found) < len(expected):
         batches, iterator = next_batches(loader, iterator)
@@ -335,14 +297,12 @@ def test_few_tasks_still_fill_an_effective_batch():
     assert [len(x) for x, _ in loader] == [4, 4]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Nothing of an answer that will be scored
+# == NOTHING OF AN ANSWER THAT WILL BE SCORED ==========================================================================
 
 
 def equal_tasks(one, other):
-    return [t.name for t in one] == [t.name for t in other] and all(
-        same_pairs(a.pairs, b.pairs) for a, b in zip(one, other, strict=True)
-    )
+    names = [[t.name for t in tasks] for tasks in (one, other)]
+    return names[0] == names[1] and all(same_pairs(a.pairs, b.pairs) for a, b in zip(one, other, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -350,33 +310,39 @@ def official(arc_dir):
     return load_arc(arc_dir, 40, 30, "both")
 
 
-@pytest.mark.parametrize("how", ["scrambled", "missing", "null"])
-def test_evaluation_answers_are_never_read(arc_dir, official, how, tmp_path):
+@pytest.fixture(scope="module")
+def alone(arc_dir):
+    """With training tasks to learn from, alone."""
+    return load_arc(arc_dir, 40, 30, "training")
+
+
+def test_evaluation_answers_are_never_read(arc_dir, official, tmp_path):
+    """Scrambled, null or missing ones make no difference to anything."""
     rng = np.random.default_rng(0)
     shutil.copytree(arc_dir / "training", tmp_path / "training")
     (tmp_path / "evaluation").mkdir()
     for file in (arc_dir / "evaluation").glob("*.json"):
         task = json.loads(file.read_text(encoding="utf-8"))
         for test in task["test"]:
-            if how == "missing":
+            if (kind := rng.integers(3)) == 0:
                 del test["output"]
             else:
-                test["output"] = random_grid(rng, 30).tolist() if how == "scrambled" else None
+                test["output"] = random_grid(rng, 30).tolist() if kind == 1 else None
         (tmp_path / "evaluation" / file.name).write_text(json.dumps(task), encoding="utf-8")
     found = load_arc(tmp_path, 40, 30, "both")
     assert equal_tasks(found.tasks, official.tasks) and equal_tasks(found.questions, official.questions)
     assert same_pairs(list(zip(found.answers, strict=True)), list(zip(official.answers, strict=True)))
-    assert found.left_out == official.left_out
+    assert found.pairs == official.pairs and found.report == official.report
 
 
-def test_answers_of_held_out_tasks_go_to_the_scorer_only(arc_dir, official):
-    on_disk = read_split(arc_dir, "training")
-    held = {q.name for q in official.questions}
-    assert len(held) == 40 and len(official.questions) == len(official.answers) >= 40
-    for question, answer in zip(official.questions, official.answers, strict=True):
-        task = on_disk[question.name]
-        assert same_pairs(question.pairs[:-1], task["train"]) and question.pairs[-1][1] is None
-        assert any(same_pairs([(question.pairs[-1][0], answer)], [p]) for p in task["test"])
+def test_answers_of_held_out_tasks_go_to_the_scorer_only(arc_dir, official, alone):
+    on_disk, held = read_split(arc_dir, "training"), {q.name for q in alone.questions}
+    assert len(held) == 40
+    for found in (official, alone):
+        for question, answer in zip(found.questions, found.answers, strict=True):
+            task = on_disk[question.name]
+            assert same_pairs(question.pairs[:-1], task["train"]) and question.pairs[-1][1] is None
+            assert any(same_pairs([(question.pairs[-1][0], answer)], [p]) for p in task["test"])
     tasks = {t.name: t for t in official.tasks}
     assert all(same_pairs(tasks[name].pairs, on_disk[name]["train"]) for name in held)
     evaluation = read_split(arc_dir, "evaluation")
@@ -384,13 +350,16 @@ def test_answers_of_held_out_tasks_go_to_the_scorer_only(arc_dir, official):
     others = on_disk.keys() - held - set(SHARE_EVALUATION_PAIRS)
     assert all(same_pairs(tasks[name].pairs, on_disk[name]["train"] + on_disk[name]["test"]) for name in others)
     assert tasks.keys() == held | evaluation.keys() | others
+    assert {t.name for t in alone.tasks} == others  # nothing of held-out or evaluation tasks
 
 
-def test_with_training_demonstrations_alone_nothing_of_held_out_or_evaluation_tasks_is_learned(arc_dir, official):
-    found = load_arc(arc_dir, 40, 30, "training")
-    assert equal_tasks(found.questions, official.questions)
-    held = {q.name for q in found.questions}
-    assert {t.name for t in found.tasks} == read_split(arc_dir, "training").keys() - held - set(SHARE_EVALUATION_PAIRS)
+def test_a_held_out_answer_that_is_also_learned_is_not_asked(official, alone):
+    """One official answer equals, up to symmetry and colours, a demonstration that only "both" learns from."""
+    for found in (official, alone):
+        assert found.pairs == sorted({canonical_hash(p) for t in found.tasks for p in t.pairs})
+    kept = [q for q, answer in zip(alone.questions, alone.answers, strict=True)
+            if canonical_hash((q.pairs[-1][0], answer)) not in official.pairs]
+    assert equal_tasks(kept, official.questions) and len(kept) == len(alone.questions) - 1
 
 
 def test_official_training_tasks_that_repeat_evaluation_tests_are_left_out(arc_dir, official):
@@ -404,8 +373,8 @@ def test_official_training_tasks_that_repeat_evaluation_tests_are_left_out(arc_d
         assert asked & {canonical_hash(p) for part in training[name].values() for p in part}
 
 
-def test_holdout_is_chosen_by_name_alone_and_max_grid_keeps_small_tasks(arc_dir, official):
-    held = {q.name for q in official.questions}
+def test_holdout_is_chosen_by_name_alone_and_max_grid_keeps_small_tasks(arc_dir, alone):
+    held = {q.name for q in alone.questions}
     assert held < {q.name for q in load_arc(arc_dir, 60, 30, "training").questions}
     most = {q.name for q in load_arc(arc_dir, 10_000, 30, "training").questions}
     assert held < most and len(most) < 398 / 2  # however many are asked for, tasks to learn from are left
@@ -413,11 +382,10 @@ def test_holdout_is_chosen_by_name_alone_and_max_grid_keeps_small_tasks(arc_dir,
     assert not none.questions and not none.answers and len(none.tasks) == 398
     small = load_arc(arc_dir, 40, 10, "both")
     assert all(max(g.shape) <= 10 for t in small.tasks for p in t.pairs for g in p)
-    assert len(small.tasks) + small.left_out == 798
+    assert len(small.tasks) + int(re.search(r"left out: (\d+) tasks", small.report)[1]) == 798
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text shards
+# == TEXT SHARDS ======================================================================================================
 
 
 @pytest.fixture
@@ -441,11 +409,12 @@ def test_text_windows_are_consecutive_tokens_and_targets_the_next_ones(counting)
         assert torch.equal(y, x + 1) and (x[:, 1:] == x[:, :-1] + 1).all()
 
 
-def test_shards_stay_uint16_memory_maps(counting):
+def test_shards_stay_on_disk_as_uint16(counting):
     loader = FineWebLoader(counting, "train", 4, 16)
     assert len(loader.shards) == 3
     for shard in loader.shards:
-        assert isinstance(shard, np.memmap) and shard.dtype == np.uint16 and shard.itemsize == 2
+        assert isinstance(shard, Shard) and shard[3:5].dtype == np.uint16
+        assert not [v for v in vars(shard).values() if isinstance(v, np.ndarray)]
 
 
 def test_every_window_comes_exactly_once_an_epoch_in_a_new_order(counting):
@@ -475,83 +444,34 @@ def test_eight_ranks_stay_in_step_over_uneven_shards(counting, accum):
         assert len(set(seen)) == len(seen) == 56 // (8 * accum) * 8 * accum
 
 
-def spoil_npy_length(path):
-    path.write_bytes(path.read_bytes()[:-10])
+def header(*numbers):
+    return np.array([*numbers, *[0] * (256 - len(numbers))], "<i4").tobytes()
 
 
-def spoil_npy_dtype(path):
-    np.save(path, np.arange(900, dtype=np.int64))
-
-
-def spoil_npy_shape(path):
-    np.save(path, np.zeros((30, 30), np.uint16))
-
-
-def spoil_npy_pickle(path):
-    np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-
-
-def spoil_bin_length(path):
-    path.write_bytes(path.read_bytes()[:-2])
-
-
-def spoil_bin_longer(path):
-    path.write_bytes(path.read_bytes() + b"\0\0")
-
-
-def spoil_bin_magic(path):
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = MAGIC + 1, 1, 900
-    path.write_bytes(header.tobytes() + bytes(1800))
-
-
-def spoil_bin_version(path):
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = MAGIC, 2, 900
-    path.write_bytes(header.tobytes() + bytes(1800))
-
-
-def spoil_bin_header(path):
-    path.write_bytes(path.read_bytes()[:500])
-
-
-def spoil_empty(path):
-    path.write_bytes(b"")
-
-
-def spoil_npy_zip(path):
-    with open(path, "wb") as file:
-        np.savez(file, tokens=np.zeros(900, np.uint16))
-
-
-def spoil_npy_damaged_zip(path):
-    path.write_bytes(b"PK\x03\x04 was a zip once")
-
-
-def spoil_npy_bare_pickle(path):
-    path.write_bytes(pickle.dumps(list(range(100))))
-
-
-@pytest.mark.parametrize("spoil", [f for name, f in list(globals().items()) if name.startswith("spoil_")],
-                         ids=lambda f: f.__name__[6:].replace("_", " "))  # fmt: skip
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_damaged_shard_is_refused_by_name(spoil, split, tmp_path):
-    write_text(tmp_path)
-    for ending in (".npy", ".bin") if spoil is spoil_empty else (".bin",) if "_bin" in spoil.__name__ else (".npy",):
-        path = write_shard(tmp_path / f"bad_{split}_000009{ending}", np.zeros(900))
+@pytest.mark.parametrize("ending, spoil", [
+    (".npy", lambda path: path.write_bytes(path.read_bytes()[:-10])),
+    (".npy", lambda path: np.save(path, np.arange(900, dtype=np.int64))),
+    (".npy", lambda path: np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)),
+    (".bin", lambda path: path.write_bytes(path.read_bytes() + b"\0\0")),
+    (".bin", lambda path: path.write_bytes(header(20240520, 2, 900) + bytes(1800))),
+    (".bin", lambda path: path.write_bytes(b"")),
+], ids=["cut off", "int64", "pickle", "longer", "version", "empty"])  # fmt: skip
+def test_a_damaged_shard_is_refused_by_name(split, ending, spoil, tmp_path):
+    """Whatever is in a file, tests/test_data_files.py asks; here, that no loader passes over one of a folder."""
+    path = write_shard(write_text(tmp_path) / f"bad_{split}_000009{ending}", np.zeros(900))
+    FineWebLoader(tmp_path, split, 1, 16)
+    spoil(path)
+    with pytest.raises(UserError) as caught:
         FineWebLoader(tmp_path, split, 1, 16)
-        spoil(path)
-        with pytest.raises(DataError) as caught:
-            FineWebLoader(tmp_path, split, 1, 16)
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-        path.unlink()
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_token_outside_the_vocabulary_is_refused_by_file(tmp_path):
     write_text(tmp_path)
     path = write_shard(tmp_path / "bad_train_000009.npy", np.full(900, 61))
     assert sum(1 for _ in FineWebLoader(tmp_path, "train", 1, 16, vocab_size=62))
-    with pytest.raises(DataError, match="61 .*vocabulary of 61") as caught:
+    with pytest.raises(UserError, match="61 .*vocabulary of 61") as caught:
         list(FineWebLoader(tmp_path, "train", 1, 16, vocab_size=61))
     assert str(path) in str(caught.value)
 
@@ -560,17 +480,17 @@ def test_too_little_text_is_refused(tmp_path):
     write_shard(tmp_path / "t_train_0.npy", np.zeros(40))
     write_shard(tmp_path / "t_val_0.npy", np.zeros(10))
     FineWebLoader(tmp_path, "train", 2, 16)
-    with pytest.raises(DataError, match="--batch-size or --block-size") as caught:
+    with pytest.raises(UserError, match="--batch-size or --block-size") as caught:
         FineWebLoader(tmp_path, "train", 3, 16)
     assert str(tmp_path) in str(caught.value)
-    with pytest.raises(DataError, match="val"):
+    with pytest.raises(UserError, match="val"):
         FineWebLoader(tmp_path, "val", 1, 16)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_folder_without_shards_says_where_to_read_on(split, tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(DataError, match=r"data/README\.md") as caught:
+        with pytest.raises(UserError, match=r"data/README\.md") as caught:
             FineWebLoader(folder, split, 1, 16)
         assert str(folder) in str(caught.value)
 
@@ -588,10 +508,9 @@ def test_generated_tasks_share_their_original_s_token_and_its_fate(tmp_path):
     held = {q.name for q in data.questions}
     assert len(held) == 3 and not any("-r" in name for name in held)
     assert len(data.tasks) == 9 * 3 and not held & {t.name.split("-")[0] for t in data.tasks}
-    names = sorted({origin(t.name) for t in data.tasks})
+    names = sorted({base_task(t.name) for t in data.tasks})
     loader = ArcDataLoader(data.tasks, 27, 512, task_tokens={name: 40 + i for i, name in enumerate(names)})
-    loader.batches()
     tokens = {}
-    for task, plan in zip(loader.tasks, loader.plans, strict=True):
-        tokens.setdefault(origin(task.name), set()).add(plan[3])
+    for plan in (plan for batch in loader.batches() for row in batch for plan in row):
+        tokens.setdefault(base_task(loader.tasks[plan.task].name), set()).add(plan.token)
     assert all(len(found - {UNKNOWN_TASK}) <= 1 for found in tokens.values()) and max(map(max, tokens.values())) >= 40

@@ -147,7 +147,7 @@ def test_colour_permutations_are_many():
 
 @given(small_grids, small_grids, st.permutations(range(10)))  # black may change too
 def test_a_pair_has_one_name_under_all_symmetries_and_colourings(question, answer, colours):
-    images = [tuple(np.array(colours)[apply_symmetry(g, s)] for g in (question, answer)) for s in range(8)]
+    images = [tuple(np.array(colours, np.uint8)[apply_symmetry(g, s)] for g in (question, answer)) for s in range(8)]
     assert {canonical_hash(image) for image in images} == {canonical_hash((question, answer))}
 
 
