@@ -6,8 +6,10 @@ Models here are random and speak bytes, so nothing is downloaded; the command it
 import io
 import itertools
 import json
+import os
 import re
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -16,32 +18,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import one_thread, python, run, runtime, tiny_config, tiny_model, write_text  # noqa: F401
+from helpers import ROOT, one_thread, python, run, runtime, tiny_config, tiny_model, write_text  # noqa: F401
+from hypothesis import given
+from hypothesis import strategies as st
 
 import sample
 import train
+from data.files import UserError, write_json
+from data.shards import load_tokenizer
 
 END = 256  # of the bytes tokenizer
-ROOT = Path(sample.__file__).parent
 
 
 def make_run(folder: Path, pattern: str = "MAMA", tokenizer: str = "bytes", average: bool = False, **changes):
-    """A run folder with a random text model of 300 tokens, as if trained for 7 steps; returns what should answer."""
+    """A run folder with a random text model of 300 tokens, as if trained for 7 steps; returns what should answer.
+
+    With `average`, as earlier versions left it: an average of the weights, which answers, beside other weights.
+    """
     changes = {"vocab_size": 300, "dropout": 0.5} | changes
-    model = answers = tiny_model(pattern, **changes)
-    if average:
-        ema = train.make_ema(model, 0.5)
-        answers = tiny_model(pattern, seed=1, **changes)
-        ema.module.load_state_dict(answers.state_dict())
+    model, answers = tiny_model(pattern, **changes), tiny_model(pattern, seed=1, **changes)
+    ema = {"n_averaged": torch.tensor(3)} | {f"module.{name}": w for name, w in answers.state_dict().items()}
     cfg = train.TrainConfig(dataset="arc" if changes.get("grid") else "fineweb", data_dir=str(folder / "data"))
     config = {"model": vars(model.config), "train": vars(cfg)}
     (folder / "data").mkdir(parents=True)
-    train.write_json(folder / "config.json", config)
-    train.write_json(folder / "data" / "meta.json", {"tokenizer": tokenizer})
+    write_json(folder / "config.json", config)
+    write_json(folder / "data" / "meta.json", {"tokenizer": tokenizer})
     train.save_checkpoint(folder / "checkpoint.pt", {
-        "model": model.state_dict(), "ema": ema.state_dict() if average else None, "optimizer": [], "step": 7,
-        "minutes": 0.0, "rng": {}, "loader": {}, "config": config})  # fmt: skip
-    return answers
+        "model": model.state_dict(), "ema": ema if average else None, "optimizer": [], "step": 7, "minutes": 0.0,
+        "skipped": 0, "rng": {"torch": torch.get_rng_state()}, "config": config,
+        "loader": {"epoch": 0, "rows": 0, "effective": 1, "data": ""}})
+    return answers if average else model
 
 
 def command(*argv) -> int:
@@ -64,8 +70,7 @@ def shown(prompt: bytes, tokens: list[int]) -> str:
     return (prompt + bytes(t for t in tokens if t != END)).decode("utf-8", "replace")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which tokens may be drawn
+# == WHICH TOKENS MAY BE DRAWN ========================================================================================
 
 
 def test_likely_tokens_by_hand():
@@ -109,8 +114,21 @@ def test_draws_follow_the_probabilities_and_the_seed():
     assert set(sample.chooser(4, 2.0, 0, 0.3, 3)(logp).tolist()) == {3}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is printed
+@given(st.floats(0, 1e9, allow_subnormal=True), st.integers(0, 9), st.floats(1e-9, 1),
+       st.lists(st.floats(-1e5, 1e5) | st.just(-np.inf), min_size=7, max_size=7))
+def test_any_limits_draw_one_of_the_tokens(temperature, top_k, top_p, logits):
+    logp = torch.tensor([logits]).log_softmax(-1)
+    token = sample.chooser(5, temperature, top_k, top_p, 0)(logp)
+    assert token.shape == (1,) and 0 <= token < 5
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324])
+def test_a_temperature_near_zero_is_zero(temperature):
+    logp = torch.randn(9, 50, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    assert torch.equal(sample.chooser(40, temperature, 0, 1.0, 3)(logp), logp[:, :40].argmax(-1))
+
+
+# == WHAT IS PRINTED ==================================================================================================
 
 
 @pytest.mark.parametrize("average", (False, True))
@@ -155,28 +173,29 @@ class Recorder(io.StringIO):
 
 
 def speaker(*rows: list[int]):
-    """A stand-in for a model that says these tokens; a row leaves after its end-of-text."""
-    def stream(tokens, lengths, max_new_tokens, stop, choose):
-        assert len(tokens) == len(rows) and stop == END
+    """A stand-in for `stream` with a model that says these tokens; a row leaves after its end-of-text."""
+    def stream(model, tokens, lengths, max_new_tokens, stop, choose):
+        assert len(tokens) == len(rows) == len(lengths) and stop == END
         for said in itertools.zip_longest(*rows):
             going = [i for i, token in enumerate(said) if token is not None]
             yield torch.tensor(going), torch.tensor([said[i] for i in going]), torch.zeros(len(going))
 
-    return types.SimpleNamespace(stream=stream)
+    return stream
 
 
 def say(monkeypatch, *rows) -> Recorder:
     recorder = Recorder()
     monkeypatch.setattr(sys, "stdout", recorder)
     args = types.SimpleNamespace(num_samples=len(rows), max_new_tokens=99, temperature=0, top_k=0, top_p=1, seed=0)
-    sample.write(speaker(*rows), sample.open_tokenizer("bytes"), "> ", [62, 32], args, runtime())
+    monkeypatch.setattr(sample, "stream", speaker(*rows))
+    sample.write(None, load_tokenizer("bytes"), "> ", [62, 32], args, runtime())
     return recorder
 
 
 def test_text_streams_and_half_characters_wait(monkeypatch):
     recorder = say(monkeypatch, [*"a€".encode(), 0xE2, 0x82, ord("b"), END])
     assert recorder.seen == ["> ", "> a", "> a", "> a", "> a€", "> a€", "> a€", "> a€\ufffdb", "> a€\ufffdb",
-                             "> a€\ufffdb\n"]  # fmt: skip
+                             "> a€\ufffdb\n"]
 
 
 def test_text_that_ends_within_a_character(monkeypatch):
@@ -217,7 +236,7 @@ def test_prompts_longer_than_the_block_size(tmp_path, capsys):
 
 
 def test_end_of_text_in_a_prompt_begins_a_document():
-    encoding = sample.open_tokenizer("bytes")
+    encoding = load_tokenizer("bytes")
     assert sample.encode_prompt(encoding, "a<|endoftext|>b") == [97, END, 98]
     assert sample.encode_prompt(encoding, "") == [END]
     for text in ("a<|endoftext|>b<|endoftext|>cd", "<|endoftext|>cd"):
@@ -238,23 +257,22 @@ def test_a_model_that_resets_at_documents_sees_the_last_one_only(tmp_path, capsy
 
 
 def test_a_run_of_train(tmp_path, capsys, monkeypatch):
-    """Whatever train.py leaves, this reads: a short run with averaged weights that has learned to count."""
+    """Whatever train.py leaves, this reads: a short run that has learned to count."""
     monkeypatch.setitem(train.PRESETS["fineweb"]["nano"], "vocab_size", 260)
     data, folder = write_text(tmp_path / "data", top=100), tmp_path / "run"
     sizes = "--preset nano --pattern MA --d-model 32 --n-head 2 --d-state 8 --headdim 16 --d-ff 64 --block-size 64"
-    flags = "--batch-size 8 --max-steps 60 --ema 0.1 --device cpu --eval-every 0 --save-every 0"
+    flags = "--batch-size 8 --max-steps 60 --device cpu --eval-every 0 --save-every 0"
     assert run("--dataset", "fineweb", "--data-dir", data, "--out-dir", folder, *sizes.split(), *flags.split()) == 0
     capsys.readouterr()
     prompt = bytes(range(48, 58)).decode()  # 0123456789
     assert command(folder, "--tokenizer", "bytes", "--prompt", prompt, "--temperature", 0, "--max-new-tokens", 12) == 0
     out, err = capsys.readouterr()
-    assert "averaged weights of step 60" in err and "bytes, named by --tokenizer" in err
+    assert "weights of step 60" in err and "bytes, named by --tokenizer" in err
     steps = np.diff(list(out.removesuffix("\n").encode()))
     assert out.startswith(prompt) and set(steps.tolist()) <= {1, 2}, "the text goes up by one or two"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What cannot work
+# == WHAT CANNOT WORK =================================================================================================
 
 
 def refused(capsys, *argv) -> str:
@@ -276,7 +294,7 @@ def test_what_is_no_text_run(tmp_path, capsys):
     make_run(tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     config["model"]["d_ff"] = 40
-    train.write_json(tmp_path / "other" / "config.json", config)
+    write_json(tmp_path / "other" / "config.json", config)
     assert "does not fit config.json" in refused(capsys, tmp_path / "other", "--prompt", "a")
     (tmp_path / "other" / "checkpoint.pt").unlink()
     assert "has no checkpoint.pt" in refused(capsys, tmp_path / "other", "--prompt", "a")
@@ -284,15 +302,26 @@ def test_what_is_no_text_run(tmp_path, capsys):
 
 def test_numbers_out_of_range_are_named_together(tmp_path, capsys):
     make_run(tmp_path)
-    flags = "--num-samples 0 --max-new-tokens 0 --temperature nan --top-k -1 --top-p 0 --seed -1".split()
+    flags = "--num-samples 0 --max-new-tokens 99999999999 --temperature nan --top-k -1 --top-p 0 --seed -1".split()
     assert command(tmp_path, "--prompt", "a", *flags) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 6 and all(line.startswith("sample.py: --") for line in lines)
-    for wrong in (["--top-p", "1.1"], ["--top-k", "x"], ["--device", "tpu"], ["--number", "3"]):
-        refused(capsys, tmp_path, "--prompt", "a", *wrong)
-    if not torch.cuda.is_available():
-        assert "--device cuda" in refused(capsys, tmp_path, "--prompt", "a", "--device", "cuda")
-        assert "--kernels triton" in refused(capsys, tmp_path, "--prompt", "a", "--kernels", "triton")
+    lines, form = capsys.readouterr().err.splitlines(), r"sample.py: --[\w-]+ is \S+; it must be from \S+ to \S+"
+    assert len(lines) == 6 and all(re.fullmatch(form, line) for line in lines)
+
+
+@pytest.mark.parametrize("wrong", ["--top-p 1.1", "--top-k x", "--device tpu", "--number 3", "--seed 1e3",
+                                   "--num-samples 100001", "--temperature inf", "--max-new-tokens 2000000000"])
+def test_wrong_flags_are_one_line(tmp_path, capsys, wrong):
+    make_run(tmp_path)
+    assert command(tmp_path, "--prompt", "a", *wrong.split()) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err and err.splitlines()[-1].startswith("sample.py: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("flags", ["--device cuda", "--kernels triton"])
+def test_without_a_gpu(tmp_path, capsys, flags):
+    make_run(tmp_path)
+    assert flags in refused(capsys, tmp_path, "--prompt", "a", *flags.split())
 
 
 def test_the_data_name_the_tokenizer(tmp_path):
@@ -302,11 +331,11 @@ def test_the_data_name_the_tokenizer(tmp_path):
         (tmp_path / "meta.json").write_text(json.dumps({"source": "x", "tokenizer": name}))
         assert sample.choose_tokenizer(None, train.ModelConfig(), cfg)[0] == name
     assert sample.choose_tokenizer("bytes", tiny_config(vocab_size=257), cfg)[0] == "bytes"
-    with pytest.raises(train.DataError, match="has 257 tokens, the model only 256; .*--tokenizer"):
+    with pytest.raises(UserError, match="has 257 tokens, the model only 256; .*--tokenizer"):
         sample.choose_tokenizer("bytes", tiny_config(vocab_size=256), cfg)
     for text in ("{", "[]", "{}", '{"tokenizer": "cl100k"}', '{"tokenizer": ["gpt2"]}'):
         (tmp_path / "meta.json").write_text(text)
-        with pytest.raises(train.DataError, match="meta.json: .*--tokenizer"):
+        with pytest.raises(UserError, match="meta.json: "):
             sample.choose_tokenizer(None, train.ModelConfig(), cfg)
 
 
@@ -325,11 +354,13 @@ def test_without_vocabulary_and_network_there_is_one_line_soon(tmp_path, capsys,
     assert time.monotonic() - start < 30
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In a process of its own
+# == IN A PROCESS OF ITS OWN ==========================================================================================
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals and pipes")
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals, pipes and a shell")
+
+
+@posix
 @pytest.mark.parametrize("event", ("ctrl-c", "reader gone"))
 def test_stopping(tmp_path, event):
     """Ctrl-C ends with one line and 130; a reader that has seen enough, such as `head`, ends it quietly."""
@@ -348,10 +379,33 @@ def test_stopping(tmp_path, event):
     assert b"Traceback" not in err and b"rror" not in err
 
 
-def test_a_console_that_lacks_characters(tmp_path, monkeypatch):
+SHELL = [("<&-", "", 2, "sample.py: standard input is closed; give --prompt"),
+         (">/dev/full", "--prompt a", 2, "sample.py: standard output: No space left on device"),
+         (">&-", "--prompt a", 0, ""), ("2>&-", "--prompt a", 0, ""), ("2>/dev/full", "--prompt a", 0, ""),
+         ("</dev/null", "", 0, ""), ("<.", "", 1, None)]
+
+
+@posix
+@pytest.mark.parametrize("streams, flags, code, line", SHELL, ids=[s[0] for s in SHELL])
+def test_streams_that_are_closed_or_full(tmp_path, streams, flags, code, line):
+    """Nobody else's variables matter either: those of a cluster's shell name processes that are not there."""
+    if "full" in streams and not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
     make_run(tmp_path)
-    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
-    flags = ["--prompt", "é 東", "--max-new-tokens", 1, "--device", "cpu"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "", "MPLBACKEND": "none"}
+    command = f"{sys.executable} {ROOT / 'sample.py'} {tmp_path} {flags} --max-new-tokens 3 --device cpu {streams}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    if line is not None:
+        told = [text for text in done.stderr.splitlines() if text.startswith("sample.py")]
+        assert told == ([line] if line else []), done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "gbk"])
+def test_a_console_that_lacks_characters(tmp_path, monkeypatch, encoding):
+    make_run(tmp_path)
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    flags = ["--prompt", "é 東 🏳", "--max-new-tokens", 1, "--device", "cpu"]
     process = python(ROOT / "sample.py", tmp_path, *flags, cwd=tmp_path, text=False)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and out.startswith("é ?".encode("cp1252")), err
+    assert process.returncode == 0 and out.startswith("é 東 🏳".encode(encoding, "backslashreplace")), err
