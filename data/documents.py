@@ -1,7 +1,7 @@
 """Reads documents out of text files, in blocks of bounded size that workers can tokenise by themselves.
 
-Plain text, where blank lines separate documents, JSON lines, and parquet. Neither long white space nor the place where a
-long document is cut changes a token. data/README.md describes the formats.
+Plain text, where blank lines separate documents, JSON lines, and parquet. Neither long white space nor the place where
+a long document is cut changes a token. data/README.md describes the formats.
 """
 
 from __future__ import annotations

@@ -281,8 +281,9 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
-@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
-def test_a_signal_leaves_whole_shards_no_process_and_the_same_end(number, code, corpus, tmp_path):
+@pytest.mark.parametrize("name, code", [("SIGKILL", -9), ("SIGINT", 130), ("SIGTERM", 130), ("SIGHUP", 130)])
+def test_a_signal_leaves_whole_shards_no_process_and_the_same_end(name, code, corpus, tmp_path):
+    number = getattr(signal, name)
     command = ("--from", corpus, "--tokenizer", "bytes", "--shard-tokens", 500_000, "--workers", 2, "--out")
     process = python(*command, "out", cwd=tmp_path)
     assert wait_for((tmp_path / "out" / "text_train_000002.npy").exists)
