@@ -1,11 +1,11 @@
 """Write a text model that train.py made in the layout of another library.
 
-    python export.py runs/fineweb --to hf exported/fineweb
+    python tools/export.py runs/fineweb --to hf exported/fineweb
     python -c "from transformers import pipeline; print(pipeline('text-generation', 'exported/fineweb')('The'))"
 
 `hf` is transformers' GraniteMoeHybrid without experts, which is the same architecture: tensors are renamed, nothing is
-computed. The folder holds config.json, generation_config.json, model.safetensors, README.md and, where the vocabulary
-is at hand, tokenizer.json and tokenizer_config.json. It appears when it is complete. Writing it needs `safetensors` and
+computed. The folder holds config.json, generation_config.json, model.safetensors, README.md and, if the vocabulary can
+be had, tokenizer.json and tokenizer_config.json. It appears when it is complete. Writing it needs `safetensors` and
 `tokenizers`, but not transformers.
 """
 
@@ -22,9 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-import train
-from sample import TOKENIZERS, add_tokenizer, choose_tokenizer, described, open_tokenizer, text_settings
-from train import GPT, ConfigError, DataError, ModelConfig, Parser, load_model, reason
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.files import Parser, UserError, read_text, run_script, write_json
+from data.shards import TOKENIZERS, load_tokenizer
+from extras.runs import load_model
+from sample import add_tokenizer, choose_tokenizer, described, text_settings
+from train import GPT, ModelConfig
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -39,19 +43,14 @@ VARIED = (  # a tokenizer that splits any of this otherwise is not written
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# GraniteMoeHybrid
+# == GRANITEMOEHYBRID =================================================================================================
 
 
 def hf_config(cfg: ModelConfig, end_of_text: int | None = None) -> dict[str, Any]:
-    """Our settings as GraniteMoeHybrid's config.json; ConfigError where it has no counterpart.
+    """Our settings as GraniteMoeHybrid's config.json, whose defaults are other ones, such as eight experts.
 
-    Its defaults are others: eps 1e-6, attention not scaled, no positions, eight experts. A pattern without Mamba, or
-    without attention, leaves that part's head sizes open; one head is always valid.
+    A pattern without Mamba, or without attention, leaves that part's head sizes open; one head is always valid.
     """
-    if cfg.grid or cfg.ngroups != 1:
-        what = "grid positions" if cfg.grid else f"ngroups {cfg.ngroups}"
-        raise ConfigError(f"a model with {what} has no counterpart in transformers' GraniteMoeHybrid")
     inner, attends = cfg.expand * cfg.d_model, "A" in cfg.pattern
     heads, mamba_heads = cfg.n_head if attends else 1, inner // cfg.headdim if "M" in cfg.pattern else 1
     return {
@@ -72,7 +71,7 @@ def hf_config(cfg: ModelConfig, end_of_text: int | None = None) -> dict[str, Any
         "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
         "mamba_n_heads": mamba_heads,
         "mamba_d_head": inner // mamba_heads,
-        "mamba_n_groups": cfg.ngroups,
+        "mamba_n_groups": 1,
         "mamba_d_state": cfg.d_state,
         "mamba_d_conv": cfg.d_conv,
         "mamba_expand": cfg.expand,
@@ -120,8 +119,7 @@ def hf_weights(weights: dict[str, Tensor], pattern: str) -> dict[str, Tensor]:
     return renamed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer
+# == TOKENIZER ========================================================================================================
 
 
 def split_once(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
@@ -140,7 +138,7 @@ def split_once(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 def hf_tokenizer(encoding: Encoding) -> Tokenizer:
     """A tiktoken vocabulary with GPT-2's way of splitting text, as a tokenizer of `tokenizers`, with the same ids.
 
-    DataError where it gives other ids on texts of many kinds.
+    Raises UserError if it gives other ids on texts of many kinds.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -157,12 +155,11 @@ def hf_tokenizer(encoding: Encoding) -> Tokenizer:
     for text in VARIED:
         ids = encoding.encode_ordinary(text)
         if found.encode(text).ids != ids or found.decode(ids) != text:
-            raise DataError(f"the tokenizer {encoding.name} is not what `tokenizers` makes of it on {text[:20]!r}")
+            raise UserError(f"the tokenizer {encoding.name} is not what `tokenizers` makes of it on {text[:20]!r}")
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder
+# == THE FOLDER =======================================================================================================
 
 
 def model_card(out: Path, model: GPT, about: str, losses: list[float], tokenizer: str) -> str:
@@ -175,13 +172,13 @@ pipeline_tag: text-generation
 ---
 # {out.name}
 
-A language model of {size:,} parameters, trained from scratch: `{c.pattern}`, one letter a layer, M for Mamba-2 and A
+A language model of {size:,} parameters, trained from scratch: `{c.pattern}`, one letter per layer, M for Mamba-2 and A
 for attention. Stored as GraniteMoeHybrid without experts, in float32.
 
 | | |
 |---|---|
 | weights | {about.split("; ")[-1]} |
-| last validation loss | {f"{losses[-1]:.3f} nats a token" if losses else "not measured"} |
+| last validation loss | {f"{losses[-1]:.3f} nats per token" if losses else "not measured"} |
 | width, SwiGLU | {c.d_model}, {c.d_ff} |
 | Mamba-2 | headdim {c.headdim}, d_state {c.d_state} |
 | attention | {c.n_head} heads, rotary positions, theta {c.rope_theta:g} |
@@ -206,15 +203,10 @@ A document begins with `<|endoftext|>`.{alone}
 
 def validation_losses(folder: Path) -> list[float]:
     """Those that the run logged, in order."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    path, found = folder / "metrics.jsonl", []
+    for line in read_text(path, "replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # a line without one, or torn by a crash
             found.append(float(json.loads(line)["val_loss"]))
-        except (KeyError, TypeError, ValueError):  # a line without one, or torn by a crash
-            continue
     return found
 
 
@@ -228,18 +220,19 @@ def write_hf(folder: Path, model: GPT, vocabulary: int, encoding: Encoding | Non
         del weights["lm_head.weight"]
     tensors = {name: w.clone() for name, w in weights.items()}  # no two share memory
     (folder / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))  # save_file's is for its owner only
-    train.write_json(folder / "config.json", hf_config(cfg, end))
+    write_json(folder / "config.json", hf_config(cfg, end))
     generation: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end,
                                   "use_cache": "A" in cfg.pattern}
     if vocabulary < cfg.vocab_size:
         generation["suppress_tokens"] = list(range(vocabulary, cfg.vocab_size))
-    train.write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", generation)
     if encoding:
         text = encoding.decode([end])
         (folder / "tokenizer.json").write_text(hf_tokenizer(encoding).to_str(), encoding="utf-8")
-        train.write_json(folder / "tokenizer_config.json", {
+        write_json(folder / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": cfg.block_size, "bos_token": text,
-            "eos_token": text, "pad_token": text, "clean_up_tokenization_spaces": False})
+            "eos_token": text, "pad_token": text, "padding_side": "left",  # a continuation follows its prompt at once
+            "clean_up_tokenization_spaces": False})
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -259,54 +252,44 @@ def new_folder(out: Path):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
+# == COMMAND LINE =====================================================================================================
 
 
 def export(run: Path, out: Path, tokenizer: str | None) -> None:
     """Write the model of a text run to a new folder, `out`."""
     for package in ("safetensors", "tokenizers"):
         if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"needs {package}: pip install safetensors tokenizers")
+            raise UserError(f"needs {package}: pip install safetensors tokenizers")
     model_cfg, cfg = text_settings(run)
     if out.exists() or out.is_symlink():
-        raise ConfigError(f"{out} exists; name another folder, or remove it first")
+        raise UserError(f"{out} exists; name another folder, or remove it first")
     name, which = choose_tokenizer(tokenizer, model_cfg, cfg)
     encoding = None
     try:
-        encoding = open_tokenizer(name)
-    except DataError as error:
+        encoding = load_tokenizer(name)
+    except UserError as error:
         which += f"; left out: {error}"
     model, state = load_model(run, model_cfg)
     about = described(model, state)
     card = model_card(out, model, about, validation_losses(run), name if encoding else f"{name}'s, not in this folder")
-    try:
-        with new_folder(out) as folder:
-            write_hf(folder, model, TOKENIZERS[name], encoding, card)
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written ({reason(error)})") from None
+    with new_folder(out) as folder:
+        write_hf(folder, model, TOKENIZERS[name], encoding, card)
     print(f"wrote       {out}: {about}\ntokenizer   {which}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0, 2 with one line for each problem, 130 after Ctrl-C."""
-    parser = Parser(prog="export.py", allow_abbrev=False,
-                    description="Write a text model that train.py made in the layout of another library.")
-    parser.add_argument("run", type=Path, help="the folder of a run, for example runs/fineweb")
-    parser.add_argument("--to", choices=["hf"], required=True, help="hf: transformers' GraniteMoeHybrid")
-    parser.add_argument("out", type=Path, help="the folder to write; it must not exist")
-    add_tokenizer(parser)
-    args = parser.parse_args(argv)
-    try:
+    """The command line: 0, 2 with one line for each problem, 130 after Ctrl-C; nothing is left of what failed."""
+    def work() -> None:
+        parser = Parser(prog="tools/export.py", allow_abbrev=False,
+                        description="Write a text model that train.py made in the layout of another library.")
+        parser.add_argument("run", type=Path, help="the folder of a run, for example runs/fineweb")
+        parser.add_argument("--to", choices=["hf"], required=True, help="hf: transformers' GraniteMoeHybrid")
+        parser.add_argument("out", type=Path, help="the folder to write; it must not exist")
+        add_tokenizer(parser)
+        args = parser.parse_args(argv)
         export(args.run, args.out, args.tokenizer)
-    except (ConfigError, DataError) as error:
-        for line in str(error).splitlines():
-            print(f"export.py: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("export.py: stopped, nothing written", file=sys.stderr)
-        return 130
-    return 0
+
+    return run_script("export.py", work)
 
 
 if __name__ == "__main__":
