@@ -66,41 +66,6 @@ def make(request, text):
 # == WHAT A BATCH OF ARC TASKS HOLDS ==================================================================================
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_batches_are_int64_and_padded_to_the_longest_with_zeros_and_ignored_targets(train):
-    loader = ArcDataLoader(random_tasks(12), 4, ROOMY, train=train)
-    padded = 0
-    for x, y in loader:
-        assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (4, x.shape[1])
-        lengths = [len(s) - 1 for s in whole(x, y)]
-        assert max(lengths) == x.shape[1]
-        for row, target, length in zip(x, y, lengths, strict=True):
-            assert (row[length:] == 0).all() and (target[length:] == IGNORE_INDEX).all()
-            padded += x.shape[1] - length
-    assert padded == loader.padding > 0
-
-
-def test_targets_are_the_next_tokens_of_the_answer():
-    """Evaluation: x and y are one sequence, shifted; `x[1:] + [0]` on a tensor would add and not append."""
-    tasks = random_tasks(9)
-    batches = list(ArcDataLoader(tasks, 3, ROOMY, train=False, task_tokens={tasks[2].name: 18}))
-    for i, task in enumerate(tasks):
-        x, y = (part[i % 3] for part in batches[i // 3])
-        s = sequence(task.pairs, 18 if i == 2 else UNKNOWN_TASK)
-        answer = pair_length(task.pairs[-1]) - 2 - task.pairs[-1][0].size - task.pairs[-1][0].shape[0]
-        assert x[: len(s) - 1].tolist() == s[:-1].tolist()
-        assert y[: len(s) - 1].tolist() == [IGNORE_INDEX] * (len(s) - 1 - answer) + s[-answer:].tolist()
-
-
-def test_training_supervises_every_output_and_nothing_else():
-    for x, y in ArcDataLoader(random_tasks(12), 4, ROOMY):
-        for target, s in zip(y.tolist(), whole(x, y), strict=True):
-            supervised = [v for v in target if v != IGNORE_INDEX]
-            outputs = [sequence([(o[:0], o)])[3:].tolist() for _, o in parse_pairs(s)]  # without task token, IN and OUT
-            assert supervised == list(itertools.chain(*outputs))
-            assert all(target[t] in (s[t + 1], IGNORE_INDEX) for t in range(len(s) - 1))
-
-
 def recolouring(one, other):
     """The colours that turn one list of grids into another, or None where none do or where black changes."""
     if [g.shape for g in one] != [g.shape for g in other]:
@@ -119,16 +84,41 @@ def views(task, shown):
                 yield s, order
 
 
-def test_training_shows_all_pairs_of_a_task_under_one_symmetry_and_one_recolouring():
+def test_training_shows_all_pairs_of_a_task_in_one_view_and_supervises_every_output():
+    """Rows are padded on the right to the longest, with zeros in x and IGNORE_INDEX in y."""
     tasks = {frozenset(canonical_hash(p) for p in t.pairs): t for t in random_tasks(12, pairs=(2, 4))}
-    found = []
-    for x, y in ArcDataLoader(list(tasks.values()), 4, ROOMY):
-        for s in whole(x, y):
-            pairs = parse_pairs(s)
+    loader, found, padded = ArcDataLoader(list(tasks.values()), 4, ROOMY), [], 0
+    for x, y in loader:
+        assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (4, x.shape[1])
+        sequences = whole(x, y)
+        assert max(map(len, sequences)) == x.shape[1] + 1
+        for row, target, s in zip(x.tolist(), y.tolist(), sequences, strict=True):
+            pads, pairs = x.shape[1] - len(s) + 1, parse_pairs(s)
+            assert row == [*s[:-1], *[0] * pads] and target[len(s) - 1 :] == [IGNORE_INDEX] * pads
+            outputs = [sequence([(o[:0], o)])[3:].tolist() for _, o in pairs]  # without task token, IN and OUT
+            assert [v for v in target if v != IGNORE_INDEX] == list(itertools.chain(*outputs))
+            assert all(target[t] in (s[t + 1], IGNORE_INDEX) for t in range(len(s) - 1))
             task = tasks[frozenset(canonical_hash(p) for p in pairs)]
             assert list(views(task, pairs)), "not the whole task under one symmetry and one permutation of colours"
             found.append(task.name)
-    assert sorted(found) == sorted(t.name for t in tasks.values())
+            padded += pads
+    assert sorted(found) == sorted(t.name for t in tasks.values()) and padded == loader.padding > 0
+
+
+def test_evaluation_shows_tasks_as_they_stand_and_supervises_the_last_output():
+    """Never shuffled or augmented. x and y are one sequence, shifted; `x[1:] + [0]` would add and not append."""
+    tasks = random_tasks(10)
+    for seed in (0, 1):
+        loader = ArcDataLoader(tasks, 4, ROOMY, train=False, seed=seed, task_tokens={tasks[2].name: 18})
+        for _ in range(2):  # epochs
+            batches = list(loader)
+            assert [len(x) for x, _ in batches] == [4, 4, 2]
+            for i, task in enumerate(tasks):
+                x, y = (part[i % 4].tolist() for part in batches[i // 4])
+                s, (question, _) = sequence(task.pairs, 18 if i == 2 else UNKNOWN_TASK).tolist(), task.pairs[-1]
+                answer, pads = pair_length(task.pairs[-1]) - 2 - question.size - len(question), len(x) - len(s) + 1
+                assert x == s[:-1] + [0] * pads
+                assert y == [IGNORE_INDEX] * (len(s) - 1 - answer) + s[-answer:] + [IGNORE_INDEX] * pads
 
 
 def test_each_epoch_draws_new_flips_colours_and_orders_over_everything_there_is():
@@ -149,16 +139,6 @@ def test_each_epoch_draws_new_flips_colours_and_orders_over_everything_there_is(
     assert len({tuple(s) for s in drawn}) > 110
     named = sum(s[0] == 17 for s in drawn)
     assert {s[0] for s in drawn} == {UNKNOWN_TASK, 17} and 60 < named < 110  # the task token is left out at times
-
-
-def test_evaluation_is_never_shuffled_or_augmented():
-    tasks = random_tasks(10)
-    loaders = [ArcDataLoader(tasks, 4, ROOMY, train=False, seed=seed) for seed in (0, 1)]
-    epochs = [list(loader) for loader in loaders for _ in range(2)]
-    assert all(same(epochs[0], other) for other in epochs[1:])
-    shown = [parse_pairs(s) for x, y in epochs[0] for s in whole(x, y)]
-    assert all(same_pairs(pairs, task.pairs) for pairs, task in zip(shown, tasks, strict=True))
-    assert [len(x) for x, _ in epochs[0]] == [4, 4, 2]
 
 
 @pytest.mark.parametrize("train", [True, False])
