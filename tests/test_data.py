@@ -46,7 +46,7 @@ def same(one, other):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """A folder with a few windows of text."""
+    """A folder with a few windows of text, in shards of 38 and 19, which eight rows do not divide."""
     return write_text(tmp_path_factory.mktemp("text"), tokens=620)
 
 
@@ -213,6 +213,7 @@ SLICES = st.sampled_from([(b, a, 8 // (b * a)) for b in (1, 2, 4, 8) for a in (1
 
 @settings(max_examples=8)
 @example((8, 1, 1), (1, 2, 4), 2, 1)
+@example((1, 1, 8), (2, 4, 1), 0, 2)
 @given(SLICES, SLICES, st.integers(0, 9), st.integers(0, 2))
 def test_ranks_and_micro_batches_are_slices_of_one_order_that_a_resume_keeps(make, before, after, seed, steps):
     """Eight rows in any (micro-batch, accumulation, ranks), and from any step on in any other."""
@@ -383,45 +384,26 @@ def windows(loader):
     return [int(row[0]) for x, _ in loader for row in x]
 
 
-def test_text_windows_are_consecutive_tokens_and_targets_the_next_ones(counting):
-    for x, y in FineWebLoader(counting, "train", 4, 16):
+def test_text_windows_are_consecutive_tokens_from_disk_and_targets_the_next_ones(counting):
+    loader = FineWebLoader(counting, "train", 4, 16)
+    for x, y in loader:
         assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (4, 16)
         assert torch.equal(y, x + 1) and (x[:, 1:] == x[:, :-1] + 1).all()
-
-
-def test_shards_stay_on_disk_as_uint16(counting):
-    loader = FineWebLoader(counting, "train", 4, 16)
     assert len(loader.shards) == 3
-    for shard in loader.shards:
-        assert isinstance(shard, Shard) and shard[3:5].dtype == np.uint16
-        assert not [v for v in vars(shard).values() if isinstance(v, np.ndarray)]
+    for shard in loader.shards:  # nothing of them stays in memory
+        assert isinstance(shard, Shard) and not [v for v in vars(shard).values() if isinstance(v, np.ndarray)]
 
 
-def test_every_window_comes_exactly_once_an_epoch_in_a_new_order(counting):
+def test_every_window_comes_exactly_once_per_epoch_in_a_new_order(counting):
     expected = [*range(0, 480, 16), *range(1000, 1272, 16), *range(2000, 2144, 16)]
     loader = FineWebLoader(counting, "train", 4, 16)
     epochs = [windows(loader) for _ in range(3)]
     assert all(sorted(epoch) == expected for epoch in epochs)
     assert expected not in epochs and len({tuple(e) for e in epochs}) == 3
-    assert len({e[0] // 1000 for e in (windows(FineWebLoader(counting, "train", 4, 16, seed=s)) for s in range(9))}) > 1
-    assert epochs[0] == windows(FineWebLoader(counting, "train", 4, 16))
-    assert epochs[0] != windows(FineWebLoader(counting, "train", 4, 16, seed=1))
-
-
-def test_validation_shards_are_separate_and_in_order(counting):
-    loader = FineWebLoader(counting, "val", 2, 16)
-    assert [windows(loader) for _ in range(2)] == [list(range(5000, 5080, 16))] * 2
-
-
-@pytest.mark.parametrize("accum", [1, 3])
-def test_eight_ranks_stay_in_step_over_uneven_shards(counting, accum):
-    ranks = [FineWebLoader(counting, "train", 1, 16, grad_accum_steps=accum, rank=r, world_size=8) for r in range(8)]
-    for _ in range(2):
-        epochs = [[(int(x[0, 0]), rank.state_dict()) for x, _ in rank] for rank in ranks]
-        assert len({len(e) for e in epochs}) == 1 and len(epochs[0]) > 1
-        assert all([s for _, s in e] == [s for _, s in epochs[0]] for e in epochs)
-        seen = [w for e in epochs for w, _ in e]
-        assert len(set(seen)) == len(seen) == 56 // (8 * accum) * 8 * accum
+    seeds = [windows(FineWebLoader(counting, "train", 4, 16, seed=s)) for s in range(9)]
+    assert len({e[0] // 1000 for e in seeds}) > 1 and seeds[0] == epochs[0] != seeds[1]  # shards are shuffled, too
+    validation = FineWebLoader(counting, "val", 2, 16)
+    assert [windows(validation) for _ in range(2)] == [list(range(5000, 5080, 16))] * 2
 
 
 def header(*numbers):
