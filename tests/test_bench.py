@@ -1,9 +1,8 @@
-"""What bench/ measures and says of it: peers.py, decode.py, memory.py, gpu_table.py and gpu_day.sh, all at toy size."""
+"""What bench/ measures and says of it: peers.py, decode.py and memory.py, all at toy size."""
 
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from helpers import one_thread  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from bench import decode, gpu_table, memory, peers
+from bench import decode, memory, peers
 
 ROOT = Path(train.__file__).resolve().parent
 needs_transformers = pytest.mark.skipif(sys.version_info < (3, 11), reason="transformers is for Python >= 3.11")
@@ -335,11 +334,10 @@ def test_decoding_by_context_and_batch(restored, tmp_path, capsys):
     (memory, ["loss", "--width", "100"], "memory.py: --width 100 must be a multiple of 64"),
     (memory, [], "memory.py: the following arguments are required"),
     (decode, ["--tokens", "1"], "decode.py: --tokens 1: there is no time between one token and the next"),
-    (gpu_table, ["nowhere"], "gpu_table.py: nowhere: no pieces.tsv there"),
 ])  # fmt: skip
 def test_bad_input_gets_one_line(script, flags, said, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    out = [] if script is gpu_table or not flags else ["--out", "out.json"]
+    out = ["--out", "out.json"] if flags else []
     try:
         code = script.main([*flags, *out])
     except SystemExit as stop:
@@ -365,83 +363,3 @@ def test_ctrl_c_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(peers, "alone", interrupted)
     assert peers.main(["--out", str(tmp_path / "x.json")]) == 130
     assert capsys.readouterr().err == "peers.py: stopped\n"
-
-
-# == the day on a GPU ==================================================================================================
-
-
-def test_the_table_of_a_day_says_what_failed_and_what_is_missing(tmp_path, capsys):
-    (tmp_path / "pieces.tsv").write_text("tests\t0\t61\npeers\t1\t99\ndecode\t124\t70\ncompile\tunstarted\t0\n")
-    (tmp_path / "tests.log").write_text("....\n11 passed in 55.0s\n")
-    (tmp_path / "peers.log").write_text("T 1024 …\nRuntimeError: a kernel is missing\n\n")
-    rows = [row("hybrid", 1024, 5e5, mfu=0.4, peak_gb=9.0), {"model": "gpt2", "length": 1024, "error": "out of memory"},
-            row("mamba", 1024, 4e5, mfu=0.3, peak_gb=8.0)]  # fmt: skip
-    (tmp_path / "peers.json").write_text(json.dumps({"machine": "a GPU", "rows": rows}))
-    (tmp_path / "compile.json").write_text(json.dumps({"rows": [row("hybrid", 1024, 6e5)]}))
-    table = [{"batch": 32, "remat": False, "error": "out of memory"},
-             {"batch": 32, "remat": True, "gb": 11.5, "tokens_per_second": 1e5, "mfu": 0.35}]  # fmt: skip
-    given = {"dataset": "fineweb", "preset": "gpt2", "block_size": 1024}
-    (tmp_path / "memory-text.json").write_text(json.dumps({"model": given, "rows": table}))
-    assert gpu_table.main([str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert (tmp_path / "table.md").read_text().strip() == printed.strip() and printed.startswith("\na GPU\n")
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line[:2] == "| "]
-    assert lines[1:] == [
-        ["piece tests", "", "well (61 s)"],
-        ["GPU tests and kernel parity", "all pass", "11 passed in 55.0s"],
-        ["piece peers", "", "FAILED with status 1: RuntimeError: a kernel is missing (99 s)"],
-        ["piece decode", "", "OUT OF TIME (70 s)"],
-        ["piece compile", "", "NOT STARTED: no time left (0 s)"],
-        ["training hybrid, T 1024", "MFU 50%", "500,000 tokens/s, MFU 40%, 9.0 GB"],
-        ["gpt2, T 1024", "", "out of memory"],
-        ["training mamba, T 1024", "MFU 50%", "400,000 tokens/s, MFU 30%, 8.0 GB; hybrid is 1.25x"],
-        ["--compile, hybrid, T 1024", "", "600,000 tokens/s, 1.20x without"],
-        ["fineweb gpt2, 32 x 1024", "12 GB", "out of memory; --remat 11.50 GB, 100,000 tokens/s, MFU 35%"],
-    ]
-
-
-lacking = [tool for tool in ("bash", "timeout", "realpath") if not shutil.which(tool)]
-needs_linux = pytest.mark.skipif(bool(lacking) or sys.platform != "linux",
-                                 reason=f"bench/gpu_day.sh is for Linux; not found here: {', '.join(lacking)}")
-
-
-def gpu_day(*flags, python=sys.executable) -> subprocess.CompletedProcess:
-    env = os.environ | {"PYTHON": str(python), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(["bash", ROOT / "bench" / "gpu_day.sh", *map(str, flags)], capture_output=True, text=True,
-                          env=env, timeout=300)  # fmt: skip
-
-
-@needs_linux
-@needs_transformers
-@pytest.mark.slow
-def test_a_whole_day_at_toy_size(tmp_path):
-    """Every piece for real but one, whose script is made to fail: it is reported, and the others' numbers are there."""
-    python, out = tmp_path / "python", tmp_path / "a day"
-    broken = 'case "$1" in *decode.py) echo it broke >&2; exit 3;; esac'
-    python.write_text(f'#!/bin/sh\n{broken}\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    out.mkdir()
-    (out / "decode.json").write_text('{"rows": "an older day\'s"}')
-    done = gpu_day("--smoke", "--out", out, python=python)
-    assert done.returncode == 1, done.stdout + done.stderr
-    pieces = [line.split("\t")[:2] for line in (out / "pieces.tsv").read_text().splitlines()]
-    assert pieces == [[name, "3" if name == "decode" else "0"] for name in
-                      ("tests", "peers", "memory-text", "memory-arc", "tasks", "arc", "decode", "compile")]  # fmt: skip
-    table = (out / "table.md").read_text()
-    assert done.stdout.endswith(table + "\n") or done.stdout.rstrip().endswith(table.rstrip())
-    for said in ("FAILED with status 3: it broke", "training hybrid, T 64", "training granite-16, T 64", "--compile",
-                 "fineweb nano, 2 x 64", "arc nano, 2 x 256", "train.py, ARC nano", "3 steps"):  # fmt: skip
-        assert said in table, said
-    assert "decoding" not in table, "an older day's numbers are not shown"
-    assert sum(f.stat().st_size for f in out.iterdir()) < 1e6, "small enough to commit"
-
-
-@needs_linux
-@pytest.mark.parametrize("flags, said", [
-    (["--what"], "there is no flag --what (--help lists them)"),
-    (["--out"], "--out wants a value"),
-    (["--device", "tpu"], "--device tpu is neither cuda nor cpu"),
-])  # fmt: skip
-def test_a_wrong_flag_of_the_day(flags, said):
-    done = gpu_day(*flags)
-    assert done.returncode == 2 and done.stderr == f"gpu_day.sh: {said}\n" and not done.stdout
