@@ -261,6 +261,14 @@ def test_transformers_is_not_needed_to_write(tmp_path):
     assert sorted(os.listdir(tmp_path / "out")) == FILES
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system whose names are bytes")
+@pytest.mark.parametrize("name", ["輸出 ä".encode(), b"\xff\xfe"])
+def test_any_name_of_a_folder(tmp_path, name):
+    make_run(tmp_path / "run")
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/" + name)
+    assert command(tmp_path / "run", "--to", "hf", out) == 0 and sorted(os.listdir(out)) == FILES
+
+
 def test_missing_packages_are_named(tmp_path, capsys, monkeypatch):
     make_run(tmp_path / "run")
     for name in ("safetensors", "tokenizers"):

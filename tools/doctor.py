@@ -255,6 +255,7 @@ def look_at_data(report):
 def examine():
     """The whole screen. What fails in an examination is a finding, too."""
     report = Report()
+    os.getcwd()  # raises in a folder that was deleted, where torch would end this process
     for look in (look_at_machine, look_at_packages, look_at_torch, look_at_ops, look_at_data):
         try:
             look(report)

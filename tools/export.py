@@ -233,7 +233,7 @@ def write_hf(folder: Path, model: GPT, vocabulary: int, encoding: Encoding | Non
             "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": cfg.block_size, "bos_token": text,
             "eos_token": text, "pad_token": text, "padding_side": "left",  # a continuation follows its prompt at once
             "clean_up_tokenization_spaces": False})
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_bytes(card.encode("utf-8", "replace"))  # a folder's name may be no text
 
 
 @contextlib.contextmanager
