@@ -57,7 +57,7 @@ def setting_problems(model_cfg: ModelConfig, cfg: TrainConfig) -> list[str]:
                 found.append(f"{flag(f.name)} is {value}; it must be from {low} to {high}")
     if not cfg.max_steps and not cfg.max_minutes:
         found.append("--max-steps and --max-minutes are both 0: the run would never end; give one of them")
-    if cfg.dataset in PRESETS and cfg.preset and cfg.preset not in PRESETS[cfg.dataset]:
+    if cfg.dataset in PRESETS and cfg.preset not in PRESETS[cfg.dataset]:
         found.append(f"--preset {cfg.preset[:40]!r} is none of {cfg.dataset}'s: {', '.join(PRESETS[cfg.dataset])}")
     if not model_cfg.pattern or set(model_cfg.pattern) - set("MA") or len(model_cfg.pattern) > 1000:
         found.append(f"--pattern {model_cfg.pattern[:40]!r} must be 1 to 1000 letters M (Mamba-2) and A (attention)")

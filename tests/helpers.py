@@ -22,7 +22,8 @@ MAGIC = 20240520  # first number of a .bin shard
 
 PATTERNS = ("AAAA", "MMMM", "MAMA", "MMAM")
 TINY = ["--preset", "nano", "--pattern", "MA", "--d-model", "32", "--n-head", "2", "--d-state", "8", "--headdim", "16",
-        "--d-ff", "64", "--batch-size", "4", "--device", "cpu", "--eval-every", "0", "--save-every", "0"]  # fmt: skip
+        "--d-ff", "64", "--batch-size", "4", "--device", "cpu", "--dtype", "float32", "--eval-every", "0",
+        "--save-every", "0"]  # fmt: skip
 
 
 def tiny_config(pattern: str = "MAMA", grid: bool = False, **changes) -> train.ModelConfig:

