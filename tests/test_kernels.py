@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from helpers import CPU, one_thread, tiny_model  # noqa: F401
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from upstream import relative_error
@@ -15,19 +16,10 @@ from data.files import UserError
 from extras import kernels
 from train import PLAIN, Film
 
-CPU = torch.device("cpu")
 FORWARD, BACKWARD = 2e-5, 1e-4  # relative
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 lengths = st.integers(1, 150)
 slab_sizes = st.sampled_from((1, 500, 2**17))  # of one row, of a few, of all at once
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -173,8 +165,6 @@ def grids(rows: int, length: int) -> torch.Tensor:
 @pytest.mark.parametrize("packed", (False, True), ids=("", "packed"))
 @pytest.mark.parametrize(("dtype", "bound"), ((torch.float32, 1e-4), (torch.bfloat16, 0.06)), ids=("fp32", "bf16"))
 def test_a_model_computes_the_same_with_either_table(packed, dtype, bound):
-    from helpers import tiny_model
-
     model, tokens = tiny_model(grid=True, document_token=16 if packed else -1), grids(3, 200)
     plain, fast = (loss_and_gradients(model, train.pick_ops(CPU, dtype, asked), tokens, dtype)
                    for asked in ("plain", "auto"))
@@ -184,8 +174,6 @@ def test_a_model_computes_the_same_with_either_table(packed, dtype, bound):
 
 def test_threads_may_use_the_table_at_once():
     """Pieces of a batch on threads of their own: each gets, to the last bit, what it gets alone."""
-    from helpers import tiny_model
-
     pieces = [grids(2, 150 + 10 * i) for i in range(4)]
     alone = [loss_and_gradients(tiny_model(grid=True), kernels.CPU, piece) for piece in pieces]
     together: list = [None] * 4

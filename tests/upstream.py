@@ -47,7 +47,6 @@ def kernels(request: dict) -> dict:
     A scan is {"tensors": {x, dt, A, B, C, ...}, "options": {chunk_size, ...}, "gradients": {"y", maybe "final_states"}}
     and is answered with {"outputs": {...}, "gradients": {by input}}. A layer is {"options", "state_dict", "u",
     "gradient"} and is answered with {"initial": its own state dict, "y", "gradients": {by parameter, and "u"}}.
-    "fused" layers, with "seq_idx" besides, are our own on upstream's fused kernel.
     What raised is answered with {"error": traceback}.
     """
     try:
@@ -160,11 +159,11 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> None:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
 
 
-def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the reference. NaN where ours is not finite, so that no bound holds."""
+def relative_error(ours: torch.Tensor, reference: torch.Tensor, least: float = 1e-6) -> float:
+    """Norm of the difference over that of the reference, or `least`. NaN where ours is not finite: no bound holds."""
     ours, reference = ours.detach().double(), reference.detach().double()
     assert ours.shape == reference.shape, f"{tuple(ours.shape)} is not {tuple(reference.shape)}"
-    return ((ours - reference).norm() / reference.norm().clamp(min=1e-6)).item()
+    return ((ours - reference).norm() / reference.norm().clamp(min=least)).item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,49 +234,6 @@ def answer_layer(layer: dict) -> dict:
     return {"initial": initial, "y": y.detach(), "gradients": gradients | {"u": u.grad}}
 
 
-def stand_in_for_causal_conv1d(upstream) -> None:
-    """causal-conv1d's two functions, which need a GPU, in plain PyTorch: x (B, D, T), taps within a sequence only."""
-
-    def convolve(x, weight, bias, seq_idx):
-        y = bias[:, None].expand_as(x)
-        for back in range(weight.shape[1]):
-            v = torch.nn.functional.pad(x, (back, 0))[..., : x.shape[2]]
-            if seq_idx is not None:
-                v = v * (torch.nn.functional.pad(seq_idx, (back, 0), value=-1)[:, : x.shape[2]] == seq_idx)[:, None]
-            y = y + v * weight[:, -1 - back, None]
-        return torch.nn.functional.silu(y)
-
-    def forward(x, weight, bias, seq_idx, initial, final, silu):
-        assert silu and initial is None and final is None
-        return convolve(x, weight, bias, seq_idx)
-
-    def backward(x, weight, bias, dy, seq_idx, initial, dfinal, dx, return_dinitial, silu):
-        with torch.enable_grad():
-            inputs = [v.detach().requires_grad_() for v in (x, weight, bias)]
-            return torch.autograd.grad(convolve(*inputs, seq_idx), inputs, dy)
-
-    upstream.causal_conv1d_fwd_function, upstream.causal_conv1d_bwd_function = forward, backward
-
-
-def answer_fused(layer: dict) -> dict:
-    """Our layer on upstream's fused kernel."""
-    from mamba_ssm.ops.triton import ssd_combined
-
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import train
-
-    stand_in_for_causal_conv1d(ssd_combined)
-    ours = train.Mamba2(**layer["options"])
-    ours.load_state_dict(layer["state_dict"])
-    train.load_triton().use(ours)
-    assert ours.fused is ssd_combined.mamba_split_conv1d_scan_combined
-    u = layer["u"].requires_grad_()
-    y = ours(u, layer["seq_idx"])
-    y.backward(layer["gradient"])
-    gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    return {"y": y.detach(), "gradients": gradients | {"u": u.grad}}
-
-
 def attempt(function, *arguments):
     try:
         return function(*arguments)
@@ -294,7 +250,6 @@ def main(asked: str, answered: str) -> None:
         response = {
             "scans": [attempt(answer_scan, scan) for scan in request.get("scans", [])],
             "layers": [attempt(answer_layer, layer) for layer in request.get("layers", [])],
-            "fused": [attempt(answer_fused, layer) for layer in request.get("fused", [])],
         }
     torch.save(response, answered + ".part")
     os.replace(answered + ".part", answered)
