@@ -38,7 +38,8 @@ def make_run(folder: Path, pattern: str = "MAMA", tokenizer: str = "bytes", aver
     changes = {"vocab_size": 300, "dropout": 0.5} | changes
     model, answers = tiny_model(pattern, **changes), tiny_model(pattern, seed=1, **changes)
     ema = {"n_averaged": torch.tensor(3)} | {f"module.{name}": w for name, w in answers.state_dict().items()}
-    cfg = train.TrainConfig(dataset="arc" if changes.get("grid") else "fineweb", data_dir=str(folder / "data"))
+    dataset = "arc" if changes.get("grid") else "fineweb"
+    cfg = train.TrainConfig(dataset=dataset, preset="nano", data_dir=str(folder / "data"))
     config = {"model": vars(model.config), "train": vars(cfg)}
     (folder / "data").mkdir(parents=True)
     write_json(folder / "config.json", config)
