@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import io
 import itertools
 import json
@@ -55,7 +54,7 @@ from tools import plot  # noqa: E402
 MORE = {"arc": ["--packed", "--dropout", "0.1"], "text": ["--grad-accum-steps", "2", "--batch-size", "2"]}
 OFTEN = ["--max-steps", "10", "--eval-every", "4", "--save-every", "3"]
 STARTING, TRAINING, EVALUATING, SAVING, ENDING = range(5)
-PHASES = ("start-up", "training", "evaluation", "writing a checkpoint", "the end")
+PHASES = "start-up", "training", "evaluation", "writing a checkpoint", "the end"
 PHASE = mmap.mmap(-1, 1)  # what a child is doing, seen from outside
 
 
@@ -155,7 +154,6 @@ def watched(slow: float) -> Callable:
     def phase(name: str, during: int, after: int) -> None:
         plain = getattr(train, name)
 
-        @functools.wraps(plain)
         def wrapped(*args, **more):
             PHASE[0] = during
             result = plain(*args, **more)
