@@ -372,9 +372,9 @@ class Attention(Layer):
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys, both rotated, and values of x (B, T, D): (B, H, T, P) each."""
-        qkv = self.qkv(x).unflatten(-1, (3 * self.n_head, -1))  # (B, T, 3 * H, P)
-        q, k = self.ops.rotary(qkv[:, :, : 2 * self.n_head], *rope).transpose(1, 2).chunk(2, dim=1)
-        return q, k, qkv[:, :, 2 * self.n_head :].transpose(1, 2)
+        q, k, v = self.qkv(x).unflatten(-1, (3 * self.n_head, -1)).chunk(3, dim=2)  # (B, T, H, P) each
+        q, k = self.ops.rotary(q, *rope), self.ops.rotary(k, *rope)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: Tensor | None = None) -> Tensor:
         y = self.ops.attention(*self.project(x, rope), documents)  # (B, H, T, P)
@@ -827,8 +827,8 @@ class NorMuon(torch.optim.Optimizer):
         X = X.mT if G.shape[-2] > G.shape[-1] else X
         X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
         for _ in range(steps):
-            S = X @ X.mT
-            X = 3.4445 * X + (-4.7750 * S + 2.0315 * S @ S) @ X
+            S = X @ X.mT  # X becomes 3.4445 X - 4.7750 S X + 2.0315 S S X
+            X = torch.baddbmm(X, torch.baddbmm(S, S, S, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
         return (X.mT if G.shape[-2] > G.shape[-1] else X).float()
 
     @torch.no_grad()

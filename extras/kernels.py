@@ -520,7 +520,7 @@ def cuda_ops(asked: str) -> Ops:
     try:
         from extras.triton_kernels import make_ops
 
-        return make_ops(plain)
+        return make_ops(plain, strict=asked == "triton")
     except Exception as error:  # a package built for another torch fails in many ways
         why = f"{type(error).__name__}: {reason(error)}"
         if asked == "triton":
