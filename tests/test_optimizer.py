@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import differences, one_thread, tiny_config  # noqa: F401
@@ -139,6 +140,26 @@ def test_orthogonalize_brings_singular_values_near_one_and_keeps_directions(shap
     inside = exact.mT @ NorMuon.orthogonalize(G) @ exact_vh.mT
     off = inside - torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1))
     assert off.abs().max() < 1e-3 and inside.diagonal(dim1=-2, dim2=-1).min() > 0.6
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (1, 8)])
+def test_steps_of_normuon_are_those_of_its_papers(shape):
+    """Written out for one matrix: Nesterov momentum, orthogonalized; each row over its root mean square; 0.2 on the
+    average; decay apart from it."""
+    rng, (lr, decay, mu, beta) = np.random.default_rng(0), (0.03, 0.2, 0.9, 0.8)
+    W, M, V = rng.normal(size=shape), np.zeros(shape), np.zeros((shape[0], 1))
+    ours = torch.nn.Parameter(torch.tensor(W, dtype=torch.float32))
+    optimizer = NorMuon([ours], lr, decay, mu, beta)
+    for _ in range(4):
+        G = rng.normal(size=shape)
+        ours.grad = torch.tensor(G, dtype=torch.float32)
+        optimizer.step()
+        M = mu * M + (1 - mu) * G
+        U = NorMuon.orthogonalize(torch.tensor(mu * M + (1 - mu) * G)[None])[0].numpy()
+        V = beta * V + (1 - beta) * (U**2).mean(1, keepdims=True)
+        U = U / np.sqrt(V)
+        W = W * (1 - lr * decay) - lr * 0.2 * U / np.sqrt((U**2).mean())
+        np.testing.assert_allclose(ours.detach().numpy(), W, rtol=1e-3, atol=1e-5)
 
 
 @every_kind
