@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from extras.memory import cores, on_threads
-from train import END, GPT, IN, OUT, ROW, Grid, GridLayout, decode_grid, rotary_angles
+from train import END, GPT, IN, OUT, ROW, Data, Grid, GridLayout, Runtime, decode_grid, rotary_angles
 
 # == STATES ===========================================================================================================
 
@@ -454,3 +454,18 @@ def answer_logprobs(model: GPT, prompts: list[np.ndarray], answers: list[list[np
         return list(found.values())
 
     return on_cores(work, prompts, runtime, batch_tokens)
+
+
+def continue_text(model: GPT, data: Data, runtime: Runtime) -> dict[str, str]:
+    """A "sample": the first 24 tokens of the validation shard, and 48 drawn behind them, the same draw every time."""
+    prompt, generator = max(data.val.shards, key=len)[:24].astype(np.int64), torch.Generator().manual_seed(0)
+
+    def choose(logp: Tensor) -> Tensor:
+        logp = logp.nan_to_num(neginf=-1e9)  # of a model that went astray
+        p = (logp[:, : data.tokenizer.n_vocab].cpu() / 0.8).softmax(-1)
+        return torch.multinomial(p, 1, generator=generator)[:, 0].to(logp.device)
+
+    tokens = torch.from_numpy(prompt)[None].to(runtime.device)
+    with runtime.autocast():
+        new, _ = generate(model, tokens, torch.full_like(tokens[:, 0], len(prompt)), 48, choose=choose)
+    return {"sample": " | ".join(data.tokenizer.decode(part.tolist()) for part in (prompt, new[0]))}

@@ -36,7 +36,7 @@ def test_what_the_dockerfile_copies_is_there_and_hadolint_reads_it():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_start_from_any_folder_beside_packages_of_the_same_names(script, tmp_path):
-    for name in ("tools", "data", "arc_data"):
+    for name in ("tools", "data", "arc_data", "extras"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise ImportError('a package of somebody else')")
     env = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONIOENCODING": "ascii"}

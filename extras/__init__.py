@@ -1,0 +1,1 @@
+"""A package of its own, so that no other package named extras on the path can take its place."""
