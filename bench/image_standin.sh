@@ -100,9 +100,9 @@ done
 say "the same as a user whom the image does not know, without mamba-ssm"
 image hybrid-none 4321:4321 - --dataset arc --batch-size 16 --max-steps 2 --eval-every 2
 [ "$(stat -c %u "$work/runs/arc-2/checkpoint.pt")" = 4321 ] || fail "the second run is not the user's own"
-say "doctor.py in both images"
-image hybrid 1000:1000 python doctor.py
-image hybrid-none 4321:4321 python doctor.py
+say "tools/doctor.py in both images"
+image hybrid 1000:1000 python tools/doctor.py
+image hybrid-none 4321:4321 python tools/doctor.py
 say "tests"
 tests=${TESTS:-test_scan or test_mamba or test_grids or test_gpu or test_doctor or test_recipes}
 image hybrid 4321:4321 python -m pytest -q -k "$tests"
