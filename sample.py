@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 import train
-from data.files import Parser, UserError, read_json, reason, run_script
-from data.flags import flag
+from data.files import UserError, read_json, reason, run_script
+from data.flags import Parser, flag
 from data.shards import TOKENIZERS, load_tokenizer
 from extras.decode import stream
 from extras.runs import load_config, load_model
@@ -182,7 +182,7 @@ def add_tokenizer(parser: Parser) -> None:
 
 def make_parser() -> Parser:
     """The flags; those about the machine are train.py's."""
-    parser = Parser(prog="sample.py", allow_abbrev=False,
+    parser = Parser(prog="sample.py",
                     description="Continue a prompt with a text model that train.py made.")
     parser.add_argument("run", type=Path, help="the folder of a run, for example runs/fineweb")
     parser.add_argument("--prompt", metavar="TEXT", help="what to continue; -, or none: standard input without its "

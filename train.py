@@ -1370,8 +1370,8 @@ def resume_config(given: dict[str, Any]) -> tuple[ModelConfig, TrainConfig]:
 
 def make_parser() -> Parser:
     """Flags from the fields of TrainConfig and ModelConfig; only flags that were given end up in the namespace."""
-    parser = Parser("train.py", "Train a hybrid Mamba-2 / attention GPT from scratch on ARC tasks or FineWeb-Edu token "
-                    "shards.", argument_default=argparse.SUPPRESS)
+    parser = Parser(prog="train.py", description="Train a hybrid Mamba-2 / attention GPT from scratch on ARC tasks or "
+                    "FineWeb-Edu token shards.", argument_default=argparse.SUPPRESS)
     varied = {name for presets in PRESETS.values() for values in presets.values() for name in values}
     parser.add_fields(TrainConfig, "run", varied)
     parser.add_fields(ModelConfig, "model (default: the preset's)")

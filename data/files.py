@@ -5,7 +5,6 @@ Only the standard library is imported here, so that a script can say what is wro
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import importlib
@@ -143,25 +142,6 @@ def write_json(path: Path, value: Any) -> None:
 
 
 # == HOW A SCRIPT BEGINS AND ENDS =====================================================================================
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line. `prog` is the script's path from the root of the project."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{Path(self.prog).name}: {message} (see python {self.prog} --help)\n")
-
-
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """For argparse: the type of a flag that takes a whole number from `low` to `high`."""
-
-    def number(text: str) -> int:
-        with contextlib.suppress(ValueError):
-            if low <= int(text) <= high:
-                return int(text)
-        raise argparse.ArgumentTypeError(f"{text:.40} is not a whole number from {low:,} to {high:,}")
-
-    return number
 
 
 class Steady:

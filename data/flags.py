@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,16 @@ def flag(name: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line and flags cannot be shortened."""
+    """argparse, but an error is one line, and flags cannot be shortened.
 
-    def __init__(self, prog: str, description: str, **more: Any):
-        super().__init__(prog=prog, description=description, allow_abbrev=False, **more)
+    `prog` is the script's path from the root of the project.
+    """
+
+    def __init__(self, **more: Any):
+        super().__init__(allow_abbrev=False, **more)
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message} (see python {self.prog} --help)\n")
+        self.exit(2, f"{Path(self.prog).name}: {message} (see python {self.prog} --help)\n")
 
     def add_fields(self, cls: type, title: str, varied: set[str] | None = None) -> None:
         """A flag for each field of a dataclass that has a help text, without a default of its own: with
@@ -43,3 +48,15 @@ class Parser(argparse.ArgumentParser):
                 metavar = f"{{{','.join(choices)}}}" if choices else {int: "N", float: "X", str: "TEXT"}[kind]
                 read = (lambda path: str(Path(path).expanduser())) if f.name.endswith("_dir") else kind
                 group.add_argument(flag(f.name), type=read, metavar=metavar, help=text)
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """For argparse: the type of a flag that takes a whole number from `low` to `high`."""
+
+    def number(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if low <= int(text) <= high:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text:.40} is not a whole number from {low:,} to {high:,}")
+
+    return number

@@ -46,18 +46,8 @@ from data.documents import (  # noqa: E402
     local_files,
     parts,
 )
-from data.files import (  # noqa: E402
-    Parser,
-    UserError,
-    fits,
-    package,
-    read_json,
-    reason,
-    replacing,
-    run_script,
-    whole_number,
-    write_json,
-)
+from data.files import UserError, fits, package, read_json, reason, replacing, run_script, write_json  # noqa: E402
+from data.flags import Parser, whole_number  # noqa: E402
 from data.shards import EOT, TOKENIZERS, load_tokenizer, reachable, read_shard  # noqa: E402
 
 READY = "kjj0/finewebedu10B-gpt2"  # FineWeb-Edu in GPT-2 tokens: 1 + 99 .bin files of 100M tokens
@@ -493,7 +483,7 @@ def ready_shard(out: Path, file: dict[str, Any], meta: dict[str, Any]) -> dict[s
 
 def make_parser() -> Parser:
     """The command line."""
-    parser = Parser(prog="data/prepare.py", allow_abbrev=False,
+    parser = Parser(prog="data/prepare.py",
                     description="Write token shards for train.py --dataset fineweb. See data/README.md.")  # fmt: skip
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--pretokenized", type=whole_number(1, 99), metavar="N",

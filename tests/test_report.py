@@ -1,4 +1,4 @@
-"""tools/report.py: the page holds what it was given, reaches for nothing, runs no text of others, works in a browser."""
+"""tools/report.py: the page holds what it was given, fetches nothing, runs no text of others, works in a browser."""
 
 import html.parser
 import json

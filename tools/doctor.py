@@ -24,7 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.files import Parser, UserError, run_script
+from data.files import UserError, run_script
+from data.flags import Parser
 
 HERE = Path(__file__).resolve().parent.parent
 INSTALL = "python -m pip install -r requirements.txt"
@@ -368,7 +369,7 @@ def main(argv=None):
         return 1
 
     def work():
-        parser = Parser(prog="tools/doctor.py", allow_abbrev=False, description="What is installed here, and what "
+        parser = Parser(prog="tools/doctor.py", description="What is installed here, and what "
                         "mends the rest. Exit code 0 when training can run.")
         parser.add_argument("--memory", action="store_true", help="measure instead what an optimizer step takes and "
                             "how many sequences at a time fit; further flags are those of train.py")

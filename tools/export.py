@@ -24,7 +24,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.files import Parser, UserError, read_text, run_script, write_json
+from data.files import UserError, read_text, run_script, write_json
+from data.flags import Parser
 from data.shards import TOKENIZERS, load_tokenizer
 from extras.runs import load_model
 from sample import add_tokenizer, choose_tokenizer, described, text_settings
@@ -280,7 +281,7 @@ def export(run: Path, out: Path, tokenizer: str | None) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0, 2 with one line for each problem, 130 after Ctrl-C; nothing is left of what failed."""
     def work() -> None:
-        parser = Parser(prog="tools/export.py", allow_abbrev=False,
+        parser = Parser(prog="tools/export.py",
                         description="Write a text model that train.py made in the layout of another library.")
         parser.add_argument("run", type=Path, help="the folder of a run, for example runs/fineweb")
         parser.add_argument("--to", choices=["hf"], required=True, help="hf: transformers' GraniteMoeHybrid")

@@ -28,7 +28,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from arc_data.tasks import Grid, read_grid
-from data.files import Parser, UserError, fits, read_json, read_text, reason, replacing, run_script
+from data.files import UserError, fits, read_json, read_text, reason, replacing, run_script
+from data.flags import Parser
 
 ARC_COLOURS = ["#000000", "#0074D9", "#FF4136", "#2ECC40", "#FFDC00",  # black, blue, red, green, yellow
                "#AAAAAA", "#F012BE", "#FF851B", "#7FDBFF", "#870C25"]  # grey, magenta, orange, light blue, maroon
