@@ -213,6 +213,9 @@ def fit_to_cpu(model: GPT, cfg: TrainConfig, runtime: Runtime) -> None:
     least = activation_bytes(model, short) * longest // short
     if least > room * len(model.blocks):
         raise no_room(model)
+    if 16 * rows * longest > room:  # x and y
+        raise UserError(f"{rows} sequences of {longest} tokens do not fit in memory; lower --batch-size, and raise "
+                        "--grad-accum-steps instead")
     one = full = least if least > room else activation_bytes(model)  # measuring takes as much
     while math.ceil(rows / runtime.pieces) * (cores() if shared else 1) * one * 1.5 > room:
         use_less_memory(model, runtime, rows)

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ RESUMABLE = ("max_steps", "max_minutes", "eval_every", "save_every", "save_minut
 SHARES = ("warmup_frac", "decay_frac", "dropout")
 SIZES = ("batch_size", "grad_accum_steps", "max_grid", "vocab_size", "block_size", "d_model", "n_head", "d_state",
          "headdim", "d_ff", "chunk_size", "d_conv", "expand")  # must be at least 1
+MOST_ROWS = 2**20
 NUMBER, COUNTS, POSITION = (int, float), ("step", "minutes", "skipped"), ("epoch", "rows")
 CHECKPOINT = {"model": {}, "optimizer": [{}], "step": int, "minutes": NUMBER, "skipped": int, "config": {},
               "rng": {"torch": Tensor}, "loader": {"epoch": int, "rows": int, "effective": int, "data": str}}
@@ -59,6 +61,8 @@ def setting_problems(model_cfg: ModelConfig, cfg: TrainConfig) -> list[str]:
         found.append("--max-steps and --max-minutes are both 0: the run would never end; give one of them")
     if cfg.dataset in PRESETS and cfg.preset not in PRESETS[cfg.dataset]:
         found.append(f"--preset {cfg.preset[:40]!r} is none of {cfg.dataset}'s: {', '.join(PRESETS[cfg.dataset])}")
+    if not found and (rows := cfg.batch_size * cfg.grad_accum_steps) > MOST_ROWS:
+        found.append(f"--batch-size x --grad-accum-steps is {rows} sequences a step; it must be from 1 to {MOST_ROWS}")
     if not model_cfg.pattern or set(model_cfg.pattern) - set("MA") or len(model_cfg.pattern) > 1000:
         found.append(f"--pattern {model_cfg.pattern[:40]!r} must be 1 to 1000 letters M (Mamba-2) and A (attention)")
     return found or size_problems(model_cfg)
@@ -87,13 +91,15 @@ def load_config(folder: Path) -> tuple[ModelConfig, TrainConfig]:
     if not path.exists():
         raise UserError(f"{path}: there is no run in this folder")
     config = read_json(path)
+    if not fits(config, {"model": {}, "train": {}}):
+        raise UserError(f"{path}: not the settings of a run")
     try:
         found = tuple(settings(cls, config[part], RETIRED[part])
                       for cls, part in ((ModelConfig, "model"), (TrainConfig, "train")))
         if wrong := setting_problems(*found):
             raise ValueError(wrong[0])
         return found
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path}: not the settings of a run ({reason(error)})") from None
 
 
@@ -128,8 +134,8 @@ def new_run_folder(cfg: TrainConfig) -> Path:
 
 def settings(cls: type, values: dict[str, Any], retired: dict[str, Any]) -> Any:
     """A dataclass of recorded values; TypeError where one is unknown, or of another type than the default."""
-    if not isinstance(values, dict) or values.get("ngroups", 1) != 1:
-        raise ValueError("no settings, or ngroups is not 1")
+    if values.get("ngroups", 1) != 1:
+        raise ValueError("ngroups is no setting any more; it was always 1")
     kept = {name: RENAMED.get(name, {}).get(value, value) if isinstance(value, str) else value
             for name, value in values.items() if name not in retired}
     found = cls(**kept)
@@ -147,9 +153,10 @@ def process_problems() -> list[str]:
     if given.get("WORLD_SIZE", "1").strip() in ("0", "1"):
         return []
     if len(given) == 5 and all(given[name].isdecimal() for name in (*names, "MASTER_PORT")):
-        rank, world, local = (int(given[name]) for name in names)
-        if rank < world and local < world:
-            return []
+        rank, world, local, port = (int(given[name]) for name in (*names, "MASTER_PORT"))
+        with contextlib.suppress(OSError):  # torch would try to reach a host that is none for two hours
+            if rank < world and local < world and 0 < port < 2**16 and socket.getaddrinfo(given["MASTER_ADDR"], port):
+                return []
     return [f"WORLD_SIZE is {given['WORLD_SIZE']!r}, but RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT do not fit it; "
             "start several processes with torchrun, or unset WORLD_SIZE for one"]
 

@@ -263,6 +263,9 @@ def test_too_little_text(text, refused):
         (["--preset", ""], ["--preset"]),
         (["--block-size", "5"], ["--block-size"]),
         (["--block-size", "2147483647"], ["--block-size"]),
+        (["--batch-size", "2147483647"], ["--batch-size"]),
+        (["--grad-accum-steps", "2147483647"], ["--grad-accum-steps"]),
+        (["--batch-size", "1048576", "--block-size", "100000"], ["--batch-size"]),
         (["--d-model", "2147483640"], ["--d-model"]),
         (["--batch-size", "0", "--headdim", "0", "--max-lr", "-1"], ["--batch-size", "--headdim", "--max-lr"]),
     ],
@@ -449,7 +452,8 @@ def test_an_empty_folder_name_is_none(text, tmp_path, monkeypatch, refused):
     assert Path("runs/fineweb/checkpoint.pt").exists() and not Path("checkpoint.pt").exists()
 
 
-LEFT = [{"RANK": "1"}, {"RANK": "one"}, {"RANK": "", "WORLD_SIZE": ""}, {"WORLD_SIZE": "0"}, {"LOCAL_WORLD_SIZE": "0"}]
+LEFT = [{"RANK": "1"}, {"RANK": "one", "LOCAL_RANK": "x"}, {"RANK": "", "WORLD_SIZE": ""}, {"WORLD_SIZE": "0"},
+        {"LOCAL_WORLD_SIZE": "0"}]  # fmt: skip
 
 
 @pytest.mark.parametrize("variables", LEFT, ids=str)

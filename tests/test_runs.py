@@ -382,6 +382,8 @@ WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "loca
         (WHOLE | {"RANK": "2"}, True),
         (WHOLE | {"LOCAL_RANK": "-1"}, True),
         (WHOLE | {"MASTER_PORT": "ssh"}, True),
+        (WHOLE | {"MASTER_PORT": "99999"}, True),
+        (WHOLE | {"MASTER_ADDR": "no-such-host.invalid"}, True),
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
