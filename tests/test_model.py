@@ -253,7 +253,7 @@ def test_tied_embeddings_are_one_tensor_and_untied_ones_two():
     (dict(headdim=24, n_head=5), ["--headdim 24", "--n-head 5"]),
 ], ids=str)  # fmt: skip
 def test_impossible_sizes_are_all_named(change, flags):
-    found = train.config_problems(tiny_config(**change), train.TrainConfig())
+    found = train.config_problems(tiny_config(**change), train.TrainConfig(preset="nano"))
     assert len(found) == len(flags) and all(any(f in line for line in found) for f in flags), found
     assert not any("\n" in line for line in found)
 
@@ -261,7 +261,7 @@ def test_impossible_sizes_are_all_named(change, flags):
 def test_possible_sizes_are_no_problem():
     possible = [ModelConfig(), *(tiny_config(pattern, grid) for pattern, grid in KINDS)]
     possible += [tiny_config("MMMM", n_head=3), tiny_config("AAAA", headdim=24)]  # what the pattern does not use
-    assert not [found for cfg in possible if (found := train.config_problems(cfg, train.TrainConfig()))]
+    assert not [found for cfg in possible if (found := train.config_problems(cfg, train.TrainConfig(preset="nano")))]
 
 
 # == THE START ========================================================================================================
