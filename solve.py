@@ -31,60 +31,25 @@ import math
 import shlex
 import sys
 import zlib
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from train import (
-    END,
-    GPT,
-    HERE,
-    UNKNOWN_TASK,
-    Ahead,
-    ArcDataLoader,
-    ConfigError,
-    DataError,
-    Grid,
-    Lock,
-    ModelConfig,
-    Optimizers,
-    Pair,
-    Parser,
-    Runtime,
-    Task,
-    TrainConfig,
-    accumulate,
-    answer_prompts,
-    apply_symmetry,
-    canonical_hash,
-    cut,
-    digest,
-    encode_answer,
-    from_here,
-    inverse_colours,
-    inverse_symmetry,
-    load_config,
-    load_model,
-    make_prompt,
-    out_of_memory,
-    random_colours,
-    read_grid,
-    read_split,
-    read_task,
-    read_text,
-    reason,
-    replacing,
-    save_checkpoint,
-    schedule,
-    within_memory,
-    write_json,
-)
+import train
+from arc_data import tasks as files
+from arc_data.tasks import Pair, Task, apply_symmetry, canonical_hash, read_grid
+from data.files import UserError, from_here, out_of_memory, read_json, reason, replacing, run_script, write_json
+from data.flags import Parser, flag, option
+from extras.decode import answer_logprobs, answer_prompts
+from extras.runs import hold, load_config, load_model, save_checkpoint
+from train import END, GPT, ArcDataLoader, Grid, Runtime, digest, encode_grid, make_prompt
 
-LONGEST = len(encode_answer(np.zeros((30, 30), np.uint8)))  # tokens of the largest answer
+LONGEST = 30 * 31 + 1  # tokens of the largest answer
+ROUNDS = 0, 2, 6  # views that a round begins with: what has most votes before it is its draft
 KEPT = 5  # candidates of an output that are written down; two of them are attempts
 
 # == QUESTIONS ========================================================================================================
@@ -101,28 +66,24 @@ class Question(NamedTuple):
 Truths = dict[str, list[Grid | None]]  # the answers of each task, in the order of its inputs; None: not known
 
 
-def read_questions(path: Path, split: str | None, names: list[str]) -> tuple[list[Question], Truths]:
+def read_questions(path: Path, split: str | None, names: Iterable[str]) -> tuple[list[Question], Truths]:
     """The tasks at `path`, in the order of their names, and apart from them their answers.
 
-    `path` is one task, a folder of tasks, or a folder with a folder of tasks for each split; without `split`,
-    "evaluation" of these. `names` picks tasks; all where it is empty. Raises DataError or ConfigError.
+    `path` is one task, a folder of tasks, or one with a split or more; then "evaluation" where `split` is not given.
+    `names` picks tasks; all if it is empty. Raises UserError.
     """
-    if path.is_file():
-        tasks = {path.stem: read_task(path)}
-    elif split or has_splits(path):
-        tasks = read_split(path, split or "evaluation")
-    else:
-        tasks = read_split(path.parent, path.name)
+    tasks = files.read_split(path, split or "evaluation") if split or has_splits(path) else files.read_tasks(path)
     if missing := sorted(set(names) - tasks.keys()):
-        raise ConfigError(f"--tasks: {path} has no {shortened(missing)}")
+        raise UserError(f"--tasks: {path} has no {shortened(missing)}")
     tasks = {name: task for name, task in tasks.items() if name in names or not names}
     questions = [Question(name, task["train"], [i for i, _ in task["test"]]) for name, task in tasks.items()]
     return questions, {name: [o for _, o in task["test"]] for name, task in tasks.items()}
 
 
 def has_splits(path: Path) -> bool:
-    """Whether a folder holds training/ or evaluation/ and not tasks themselves."""
-    return any((path / split).is_dir() for split in ("training", "evaluation"))
+    """Whether a folder holds training/ or evaluation/, or Kaggle's file for one of them, and not tasks themselves."""
+    return any((path / name).exists() for split in ("training", "evaluation")
+               for name in (split, f"data/{split}", f"arc-agi_{split}_challenges.json"))
 
 
 def shortened(names: list[str]) -> str:
@@ -146,7 +107,8 @@ class View(NamedTuple):
 
     def undo(self, grid: Grid) -> Grid:
         """The grid that `show` would turn into this one."""
-        return apply_symmetry(inverse_colours(self.colours)[grid], inverse_symmetry(self.symmetry))
+        back = {1: 3, 3: 1}.get(self.symmetry, self.symmetry)  # every other symmetry is its own inverse
+        return apply_symmetry(np.argsort(self.colours).astype(np.uint8)[grid], back)
 
 
 def make_view(seed: int, question: Question, k: int) -> View:
@@ -158,7 +120,7 @@ def make_view(seed: int, question: Question, k: int) -> View:
     if k == 0:
         return View(0, np.arange(10, dtype=np.uint8), list(range(n)))
     rng = np.random.default_rng([seed, k, *question.name.encode()])
-    return View(k % 8, random_colours(rng), rng.permutation(n).tolist())
+    return View(k % 8, files.random_colours(rng), rng.permutation(n).tolist())
 
 
 def view_prompt(question: Question, test: int, view: View, block_size: int,
@@ -249,43 +211,35 @@ def score(submission: Submission, truths: Truths, seen: dict[str, list[bool]]) -
     }
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file, or DataError."""
-    try:
-        return json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({reason(error)})") from None
-
-
 def read_submission(path: Path, questions: list[Question], others: set[str]) -> Submission:
-    """A file in Kaggle's layout that answers these questions, perhaps among `others`; DataError where it does not.
+    """A file in Kaggle's layout that answers these questions, perhaps among `others`; UserError where it does not.
 
     An attempt may be null or an empty list, which is never right.
     """
     value = read_json(path)
     if not isinstance(value, dict):
-        raise DataError(f"{path} holds a {type(value).__name__}; a submission is an object "
+        raise UserError(f"{path} holds a {type(value).__name__}; a submission is an object "
                         '{task: [{"attempt_1": grid, "attempt_2": grid}, …]}')
     names = [q.name for q in questions]
     if missing := [name for name in names if name not in value]:
-        raise DataError(f"{path}: {len(missing)} of {len(names)} tasks are missing: {shortened(missing)}; add them, "
+        raise UserError(f"{path}: {len(missing)} of {len(names)} tasks are missing: {shortened(missing)}; add them, "
                         "with null attempts where there is no answer, or pick tasks with --tasks")
     if unknown := sorted(value.keys() - others.union(names)):
-        raise DataError(f"{path}: {len(unknown)} tasks are not in --data-dir and --split: {shortened(unknown)}")
+        raise UserError(f"{path}: {len(unknown)} tasks are not in --data-dir and --split: {shortened(unknown)}")
     return {q.name: read_attempts(value[q.name], len(q.inputs), f"{path}: task {q.name}") for q in questions}
 
 
 def read_attempts(value: Any, outputs: int, where: str) -> list[tuple[Grid | None, Grid | None]]:
-    """The attempts at one task out of parsed JSON, or DataError."""
+    """The attempts at one task out of parsed JSON, or UserError."""
     if not isinstance(value, list) or len(value) != outputs:
         has = f"a list of {len(value)}" if isinstance(value, list) else f"a {type(value).__name__}"
-        raise DataError(f"{where} has {has}; it needs a list of {outputs}, one for each test input")
+        raise UserError(f"{where} has {has}; it needs a list of {outputs}, one for each test input")
     found = []
     for i, entry in enumerate(value):
         pair = []
         for key in ("attempt_1", "attempt_2"):
             if not isinstance(entry, dict) or key not in entry:
-                raise DataError(f'{where}, output {i} has no "{key}"')
+                raise UserError(f'{where}, output {i} has no "{key}"')
             empty = entry[key] is None or entry[key] in ([], [[]])
             pair.append(None if empty else read_grid(entry[key], f"{where}, output {i}, {key}"))
         found.append(tuple(pair))
@@ -310,24 +264,24 @@ def table(scores: dict[str, Any]) -> str:
 class Run(NamedTuple):
     """What a run folder says about itself."""
 
-    model_cfg: ModelConfig
-    cfg: TrainConfig
+    model_cfg: train.ModelConfig
+    cfg: train.TrainConfig
     task_tokens: dict[str, int]
     pairs: set[str]  # canonical hashes of the pairs it was supervised on
 
 
 def read_run(folder: Path) -> Run:
-    """The settings of a finished or stopped ARC run; DataError where the folder holds none."""
+    """The settings of a finished or stopped ARC run; UserError where the folder holds none."""
     if not (folder / "config.json").is_file():
-        raise DataError(f"{folder}: no run in this folder; give one that train.py has written, such as runs/arc")
+        raise UserError(f"{folder}: no run in this folder; give one that train.py has written, such as runs/arc")
     model_cfg, cfg = load_config(folder)
     if cfg.dataset != "arc":
-        raise DataError(f"{folder}: a run on {cfg.dataset}; solve.py wants one on ARC tasks")
+        raise UserError(f"{folder}: a run on {cfg.dataset}; solve.py wants one on ARC tasks")
     names, pairs = read_json(folder / "config.json").get("tasks"), read_json(folder / "supervised_pairs.json")
     for name, value in (("config.json: tasks", names), ("supervised_pairs.json", pairs)):
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-            raise DataError(f"{folder / name} is not a list of names")
-    return Run(model_cfg, cfg, {name: UNKNOWN_TASK + 1 + i for i, name in enumerate(names)}, set(pairs))
+            raise UserError(f"{folder / name} is not a list of names")
+    return Run(model_cfg, cfg, {name: train.UNKNOWN_TASK + 1 + i for i, name in enumerate(names)}, set(pairs))
 
 
 def adapt(model: GPT, questions: list[Question], run: Run, runtime: Runtime, steps: int, lr: float, seed: int) -> None:
@@ -345,19 +299,17 @@ def adapt(model: GPT, questions: list[Question], run: Run, runtime: Runtime, ste
     batch = min(cfg.batch_size, rows)  # so that few tasks are not repeated inside a batch
     accum = min(cfg.grad_accum_steps, rows // batch)
     loader = ArcDataLoader(tasks, batch, run.model_cfg.block_size, grad_accum_steps=accum, **kind)
-    optimizers, ahead, losses = Optimizers(model, cfg), Ahead(loader, runtime.device.type == "cuda"), []
+    optimizers, iterator, losses = train.Optimizers(model, cfg), iter(loader), []
     model.train()
     model.remat = cfg.remat
     for step in tqdm(range(steps), "test-time training", mininterval=1 if sys.stderr.isatty() else 30):
-        batches = ahead.take()
-        losses.append(within_memory(lambda batches=batches: accumulate(model, cut(batches, runtime.pieces), runtime),
-                                    model, runtime, batch))
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf).item()
-        if not math.isfinite(losses[-1] + norm):
-            raise DataError(f"test-time training, step {step}: the loss is {losses[-1]}, the gradient norm {norm}; "
-                            "lower --ttt-lr")
-        optimizers.step(cfg.max_lr * schedule(step / steps, cfg.warmup_frac, cfg.decay_frac))
-        model.zero_grad(set_to_none=True)
+        batches, iterator = train.next_batches(loader, iterator)
+        rate = lr * train.schedule(step / steps, cfg.warmup_frac, cfg.decay_frac)
+        loss, norm = train.optimizer_step(model, optimizers, batches, rate, cfg, runtime)
+        if not math.isfinite(loss + norm):
+            raise UserError(f"test-time training, step {step}: the loss is {loss}, the gradient norm {norm}; lower "
+                            "--ttt-lr")
+        losses.append(loss)
     model.eval()
     few = max(1, steps // 10)
     runtime.say(f"trained     {steps} steps at {lr:g} on {len(loader.tasks)} tasks' demonstrations, "
@@ -370,7 +322,7 @@ def adapted(model: GPT, path: Path, settings: dict[str, Any], train_it: Callable
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for damaged files
-            raise DataError(f"{path}: not readable ({reason(error)}); delete it to train again") from None
+            raise UserError(f"{path}: not readable ({reason(error)}); delete it to train again") from None
         if state["settings"] == settings:
             model.load_state_dict(state["model"])
             return
@@ -385,14 +337,14 @@ class AnswerLog:
     """`answers.jsonl`: the settings, then a line for each finished task; what is there already is not done again."""
 
     def __init__(self, path: Path, settings: dict[str, Any]):
-        """Open for appending; ConfigError where the file was made with other settings."""
+        """Open for appending; UserError where the file was made with other settings."""
         self.records: dict[str, dict] = {}
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
         kept = list(itertools.takewhile(bool, map(self.unseal, lines)))
         if kept:
             before = kept[0].get("settings")
             if before != settings:
-                raise ConfigError(f"{path} was made {self.difference(before, settings)}; give another --out, or delete "
+                raise UserError(f"{path} was made {self.difference(before, settings)}; give another --out, or delete "
                                   "that file")
             self.records = {record["task"]: record for record in kept[1:]}
         with replacing(path) as file:
@@ -420,8 +372,8 @@ class AnswerLog:
         if not isinstance(before, dict):
             return "by another program"
         words = {"weights": "with other weights", "questions": "for other tasks"}
-        changed = [name for name in now if before.get(name) != now[name]]
-        return " and ".join(words.get(n, f"with {n} {before.get(n)}, not {now[n]}") for n in changed)
+        changed = [name for name in before | now if before.get(name) != now.get(name)]
+        return " and ".join(words.get(n, f"with {n} {before.get(n)}, not {now.get(n)}") for n in changed)
 
     def write(self, records: list[dict]) -> None:
         """Add finished tasks."""
@@ -450,7 +402,7 @@ def answer_limit(question: Question) -> int:
 
 
 def make_groups(questions: list[Question], views: int, block_size: int, batch_tokens: int) -> list[list[Question]]:
-    """Questions of similar length together, as many as one batch holds; the same whatever is answered already."""
+    """Questions of similar length together, as many as four batches hold; the same whatever is answered already."""
 
     def row(q: Question) -> int:
         shown = sum(map(extent, [*q.inputs, *(g for pair in q.demonstrations for g in pair)]))
@@ -460,28 +412,57 @@ def make_groups(questions: list[Question], views: int, block_size: int, batch_to
     rows = 0
     for q in sorted(questions, key=lambda q: (row(q), q.name)):
         rows += views * len(q.inputs)
-        if not groups or rows * row(q) > batch_tokens:
+        if not groups or rows * row(q) > 4 * batch_tokens:
             groups.append([])
             rows = views * len(q.inputs)
         groups[-1].append(q)
     return groups
 
 
-def answer_group(model: GPT, group: list[Question], run: Run, runtime: Runtime, args: argparse.Namespace,
+def rounds(views: int) -> list[range]:
+    """The numbers of the views that are answered together."""
+    return [range(views)[i:j] for i, j in zip(ROUNDS, [*ROUNDS[1:], views], strict=True) if i < views]
+
+
+def answer_group(model: GPT, group: list[Question], run: Run, runtime: Runtime, args: Settings,
                  batch_tokens: int) -> list[dict]:
-    """Answer some tasks in all views: a record for each, as it goes into the log."""
-    asked = [(q, test, make_view(args.seed, q, k))
-             for q in group for test in range(len(q.inputs)) for k in range(args.views)]
-    prompts = [view_prompt(q, test, view, args.block_size, run.task_tokens) for q, test, view in asked]
-    limit = max(map(answer_limit, group))
-    answers = answer_prompts(model, [prompt for prompt, _ in prompts], runtime, limit, batch_tokens)
-    votes, left_out = defaultdict(list), Counter()
-    for (q, test, view), (_, dropped), (grid, logprob) in zip(asked, prompts, answers, strict=True):
-        votes[q.name, test].append((None if grid is None else view.undo(grid), logprob))
-        left_out[q.name] += dropped
-    return [{"task": q.name, "left_out": left_out[q.name],
-             "outputs": [as_output(*vote(votes[q.name, test], query)) for test, query in enumerate(q.inputs)]}
-            for q in group]
+    """Answer some tasks in all views: a record for each, as it goes into the log.
+
+    The first views of all tasks come first. What has most votes then, as a later view shows it, is its draft.
+    """
+    outputs = [(q, test) for q in group for test in range(len(q.inputs))]
+    views = [[make_view(args.seed, q, k) for k in range(args.views)] for q, _ in outputs]
+    prompts = [[view_prompt(q, test, view, args.block_size, run.task_tokens) for view in views[i]]
+               for i, (q, test) in enumerate(outputs)]
+    limit, answers, best = max(map(answer_limit, group)), [[] for _ in outputs], [[] for _ in outputs]
+    for numbers in rounds(args.views):
+        asked = [(i, k) for i in range(len(outputs)) for k in numbers]
+        drafts = [encode_grid(views[i][k].show(best[i][0].grid)) if best[i] else None for i, k in asked]
+        found = answer_prompts(model, [prompts[i][k][0] for i, k in asked], runtime, limit, batch_tokens, drafts)
+        for (i, k), (grid, logprob) in zip(asked, found, strict=True):
+            answers[i].append((None if grid is None else views[i][k].undo(grid), logprob))
+        best = [vote(answers[i], q.inputs[test])[0] for i, (q, test) in enumerate(outputs)]
+    if args.rescore:
+        best = rescored(model, best, views, prompts, runtime, batch_tokens)
+    records = {q.name: {"task": q.name, "left_out": 0, "outputs": []} for q in group}
+    for i, (q, test) in enumerate(outputs):
+        records[q.name]["left_out"] += sum(dropped for _, dropped in prompts[i])
+        records[q.name]["outputs"].append(as_output(best[i], vote(answers[i], q.inputs[test])[1]))
+    return list(records.values())
+
+
+def rescored(model: GPT, best: list[list[Candidate]], views: list[list[View]], prompts: list[list], runtime: Runtime,
+             batch_tokens: int) -> list[list[Candidate]]:
+    """The candidates of each output by the sum, over all its views, of their log-probabilities: a product of experts,
+    in which a candidate that one view thinks impossible loses."""
+    asked = [(i, k) for i in range(len(best)) for k in range(len(views[i])) if len(best[i]) > 1]
+    answers = [[np.append(encode_grid(views[i][k].show(c.grid)), END) for c in best[i]] for i, k in asked]
+    totals = [np.zeros(len(candidates)) for candidates in best]
+    found = answer_logprobs(model, [prompts[i][k][0] for i, k in asked], answers, runtime, batch_tokens)
+    for (i, _), logprobs in zip(asked, found, strict=True):
+        totals[i] += logprobs
+    orders = [np.argsort(-total, kind="stable") for total in totals]
+    return [[candidates[j] for j in order] for candidates, order in zip(best, orders, strict=True)]
 
 
 def as_output(candidates: list[Candidate], dropped: dict[str, int]) -> dict[str, Any]:
@@ -490,7 +471,7 @@ def as_output(candidates: list[Candidate], dropped: dict[str, int]) -> dict[str,
     return {"candidates": kept} | dropped
 
 
-def answer_all(model: GPT, groups: list[list[Question]], run: Run, runtime: Runtime, args: argparse.Namespace,
+def answer_all(model: GPT, groups: list[list[Question]], run: Run, runtime: Runtime, args: Settings,
                say: Callable[[str], None]) -> Iterator[list[dict]]:
     """The records of every group; where memory does not suffice, with smaller batches from there on."""
     batch_tokens = args.batch_tokens
@@ -560,7 +541,7 @@ def draw_pictures(out: Path, outputs: list[dict], title: str) -> list[Path]:
 
     The heading counts as the scores do; outputs that the run learned from come last and say so.
     """
-    import plot
+    from tools import plot
 
     entries = []
     for o in outputs:
@@ -580,91 +561,96 @@ def draw_pictures(out: Path, outputs: list[dict], title: str) -> list[Path]:
 
 
 def write_results(out: Path, records: dict[str, dict], questions: list[Question], truths: Truths,
-                  seen: dict[str, list[bool]], settings: dict[str, Any], args: argparse.Namespace) -> None:
-    """Submission, scores, report and pictures, and what they say in short."""
-    from report import write_report
-
+                  seen: dict[str, list[bool]], settings: dict[str, Any], args: Settings) -> None:
+    """Submission, scores and report, what they say in short, and only then pictures, which may fail."""
     submission, counts = attempts_of(records, questions), count(records.values(), args.views)
     scores = score(submission, truths, seen) | counts | {"settings": settings}
     outputs, title = report_outputs(records, questions, truths, seen, args.views), f"{args.run} on {settings['data']}"
     write_submission(out / "submission.json", submission)
     write_json(out / "scores.json", scores)
-    write_report(out / "report.html", outputs, scores, title)
-    pictures = draw_pictures(out, outputs, title) if args.picture else []
     print(f"---\n{table(scores)}")
     print(f"{'answers:':<18}{counts['answers']} in {args.views} views of each output: {counts['malformed_answers']} no "
           f"grid, {counts['copies_of_the_input']} copies of the input; {counts['outputs_without_answer']} outputs "
           "without any other")
     print(f"{'left out:':<18}{counts['demonstrations_left_out']} demonstrations that did not fit --block-size "
           f"{args.block_size}, over all views")
-    for name in ("submission.json", "scores.json", *(p.name for p in pictures[:1] + pictures[1:][-1:])):
+    for name in ("submission.json", "scores.json"):
         print(f"{'written:':<18}{out / name}")
-    print(f"{'report:':<18}{out / 'report.html'}: open it in a browser, it needs no network")
+    try:
+        from tools.report import write_report
+
+        write_report(out / "report.html", outputs, scores, title)
+        print(f"{'report:':<18}{out / 'report.html'}: open it in a browser, it needs no network")
+        pictures = draw_pictures(out, outputs, title) if args.picture else []
+    except Exception as error:  # what was answered and scored is worth more than a picture of it
+        print(f"{'not drawn:':<18}{reason(error)}")
+        return
+    for picture in pictures[:1] + pictures[1:][-1:]:
+        print(f"{'written:':<18}{picture}")
 
 
 # == CLI ==============================================================================================================
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = Parser(prog="solve.py", allow_abbrev=False, description="Answer ARC tasks with a trained run, or score "
-                    "a submission.")
+@dataclass
+class Settings:
+    """The flags; `run` and `tasks` beside them. 0 or nothing stands for what the help says."""
+
+    data_dir: str = option("", "a folder with training/ and evaluation/, a folder of tasks, or one task (default: what "
+                           "the run was trained with, or arc_data/arcagi)")
+    split: str = option("", "which tasks (default: evaluation)", "training", "evaluation")
+    views: int = option(8, "views in which each output is answered (default: 8)")
+    rescore: bool = option(False, "order the candidates by their log-probability in all views, not by votes")
+    block_size: int = option(0, "longest prompt, in tokens; demonstrations beyond it are left out (default: the run's)")
+    batch_tokens: int = option(0, "tokens answered at a time; bounds the memory (default: 524288 on CUDA, else 32768)")
+    ttt_steps: int = option(0, "first go on training on the demonstrations of the tasks for so many steps (default: 0)")
+    ttt_lr: float = option(0.0, "peak learning rate of that (default: a quarter of the run's)")
+    seed: int = option(0, "of views and test-time training (default: 0)")
+    device: str = option("auto", "where to compute (default: auto)", "auto", "cpu", "cuda", "mps")
+    dtype: str = option("auto", "of matrix products (default: auto)", "auto", "float32", "bfloat16")
+    kernels: str = option("auto", "functions to compute with (default: auto)", "auto", "plain", "triton")
+    out: str = option("", "folder of the results (default: RUN/solve-SPLIT, and with --data-dir RUN/solve-DATA-SPLIT)")
+    picture: bool = option(False, "also draw contact sheets, picture-01.png and so on")
+    score: str = option("", "a submission to score, and nothing else; with RUN, outputs that it learned from do not "
+                        "count")
+    run: str | None = None
+    tasks: tuple[str, ...] = ()
+
+
+def read_flags(argv: list[str] | None) -> Settings:
+    """The command line; UserError with everything that is wrong with it."""
+    parser = Parser(prog="solve.py", description="Answer ARC tasks with a trained run, or score a submission.",
+                    argument_default=argparse.SUPPRESS)
     parser.add_argument("run", nargs="?", metavar="RUN", help="the folder of a run, such as runs/arc")
-    parser.add_argument("--data-dir", metavar="PATH", help="a folder with training/ and evaluation/, a folder of "
-                        "tasks, or one task (default: what the run was trained with, or arc_data/arcagi)")
-    parser.add_argument("--split", choices=("training", "evaluation"), help="which tasks (default: evaluation)")
-    parser.add_argument("--tasks", nargs="+", metavar="ID", default=[], help="only these tasks (default: all)")
-    parser.add_argument("--views", type=int, default=8, metavar="N", help="views in which each output is answered "
-                        "(default: 8)")
-    parser.add_argument("--block-size", type=int, metavar="N", help="longest prompt, in tokens; demonstrations beyond "
-                        "it are left out (default: the run's)")
-    parser.add_argument("--batch-tokens", type=int, metavar="N", help="tokens answered at a time; bounds the memory "
-                        "(default: 524288 on CUDA, else 32768)")
-    parser.add_argument("--ttt-steps", type=int, default=0, metavar="N", help="first go on training on the "
-                        "demonstrations of the tasks for so many steps (default: 0)")
-    parser.add_argument("--ttt-lr", type=float, metavar="X", help="peak learning rate of that (default: a quarter of "
-                        "the run's)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of views and test-time training (default: 0)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute "
-                        "(default: auto)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of matrix products "
-                        "(default: auto)")
-    parser.add_argument("--kernels", default="auto", choices=("auto", "triton", "torch"), help="Mamba-2 scan "
-                        "(default: auto)")
-    parser.add_argument("--out", metavar="DIR", help="where the results go (default: RUN/solve-SPLIT, and with "
-                        "--data-dir RUN/solve-DATA-SPLIT)")
-    parser.add_argument("--picture", action="store_true", help="also draw contact sheets, picture-01.png and so on")
-    parser.add_argument("--score", metavar="FILE", help="score this submission and do nothing else; with RUN, outputs "
-                        "that it learned from do not count")
-    return parser
-
-
-def check(args: argparse.Namespace) -> None:
-    """ConfigError with everything that is wrong with the flags."""
-    found = []
+    parser.add_argument("--tasks", nargs="+", metavar="ID", help="only these tasks (default: all)")
+    parser.add_fields(Settings, "settings")
+    given = vars(parser.parse_args(argv))
+    found, args = [], Settings(**given)
     if not args.run and not args.score:
         found.append("give the folder of a run, such as runs/arc, or --score FILE")
-    lowest = {"views": 1, "block_size": 1, "batch_tokens": 1, "ttt_steps": 0, "ttt_lr": 0, "seed": 0}
-    for name, low in lowest.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value < 1e12:
-            found.append(f"--{name.replace('_', '-')} is {value}; it must be at least {low}")
+    for name, low in {"views": 1, "block_size": 1, "batch_tokens": 1, "ttt_steps": 0, "ttt_lr": 0, "seed": 0}.items():
+        if name in given and not low <= given[name] < 1e12:
+            found.append(f"{flag(name)} is {given[name]}; it must be at least {low}")
+    for f in dataclasses.fields(args):
+        if (choices := f.metadata.get("choices")) and f.name in given and given[f.name] not in choices:
+            found.append(f"{flag(f.name)} {given[f.name]}: choose from {', '.join(choices)}")
     if found:
-        raise ConfigError("\n".join(found))
+        raise UserError("\n".join(found))
+    return args
 
 
-def data_path(args: argparse.Namespace, run: Run | None) -> Path:
+def data_path(args: Settings, run: Run | None) -> Path:
     """Where the tasks are."""
     recorded = run.cfg.data_dir if run else ""
-    return Path(args.data_dir or recorded or HERE / "arc_data" / "arcagi")
+    return Path(args.data_dir or recorded or train.HERE / "arc_data" / "arcagi")
 
 
-def score_file(args: argparse.Namespace) -> None:
+def score_file(args: Settings) -> None:
     """--score: the table and, as the last line, the same as JSON."""
     run = read_run(Path(args.run)) if args.run else None
     path = data_path(args, run)
     questions, truths = read_questions(path, args.split, args.tasks)
-    others = {q.name for q in read_questions(path, args.split, [])[0]} if args.tasks else set()
+    others = {q.name for q in read_questions(path, args.split, ())[0]} if args.tasks else set()
     submission = read_submission(Path(args.score), questions, others)
     scores = score(submission, truths, mark_seen(questions, truths, run.pairs if run else set()))
     scores["settings"] = {"submission": args.score, "data": described(path, args.split), "run": args.run}
@@ -676,21 +662,22 @@ def described(path: Path, split: str | None) -> str:
     return f"{from_here(path)} {split or 'evaluation'}" if split or has_splits(path) else str(from_here(path))
 
 
-def make_settings(args: argparse.Namespace, model: GPT, step: int, questions: list[Question],
+def make_settings(args: Settings, model: GPT, step: int, questions: list[Question],
                   runtime: Runtime) -> dict[str, Any]:
     """Everything that decides on an answer; what was answered with other settings is not mixed in."""
     weights = digest(name.encode() + v.numpy().tobytes() for name, v in model.state_dict().items())
     grids = [(q.name, g) for q in questions for g in (*q.inputs, *(g for pair in q.demonstrations for g in pair))]
     asked = digest(f"{name} {g.shape} ".encode() + g.tobytes() for name, g in grids)
-    return {"step": step, "weights": weights, "questions": asked, "dtype": str(runtime.dtype)[6:], "views": args.views,
-            "seed": args.seed, "block_size": args.block_size, "ttt_steps": args.ttt_steps, "ttt_lr": args.ttt_lr}
+    found = {"step": step, "weights": weights, "questions": asked, "dtype": str(runtime.dtype)[6:], "views": args.views,
+             "seed": args.seed, "block_size": args.block_size, "ttt_steps": args.ttt_steps, "ttt_lr": args.ttt_lr}
+    return found | ({"rescore": True} if args.rescore else {})
 
 
-def prepare_model(model: GPT, questions: list[Question], run: Run, runtime: Runtime, args: argparse.Namespace,
+def prepare_model(model: GPT, questions: list[Question], run: Run, runtime: Runtime, args: Settings,
                   settings: dict[str, Any], out: Path) -> None:
     """Put the model where it computes, and train it on the demonstrations if that is asked for."""
     model.to(runtime.device)
-    runtime.kernels.use(model)
+    model.use(runtime.ops)
     if args.ttt_steps:
         matter = {name: value for name, value in settings.items() if name not in ("views", "block_size")}
         adapted(model, out / "adapted.pt", matter,
@@ -698,7 +685,7 @@ def prepare_model(model: GPT, questions: list[Question], run: Run, runtime: Runt
     model.eval()
 
 
-def solve(args: argparse.Namespace) -> None:
+def solve(args: Settings) -> None:
     """Answer the tasks, or those that are left, and write everything down."""
     from tqdm import tqdm
 
@@ -706,18 +693,22 @@ def solve(args: argparse.Namespace) -> None:
     run = read_run(folder)
     path = data_path(args, run)
     questions, truths = read_questions(path, args.split, args.tasks)
-    runtime = Runtime.start(dataclasses.replace(run.cfg, device=args.device, dtype=args.dtype, kernels=args.kernels))
+    computing = dict(device=args.device, dtype=args.dtype, kernels=args.kernels)
+    runtime = Runtime.start(dataclasses.replace(run.cfg, **computing), distributed=False)
     model, state = load_model(folder, run.model_cfg)
     step = int(state["step"])
     args.block_size = args.block_size or run.model_cfg.block_size
     args.batch_tokens = args.batch_tokens or (1 << 19 if runtime.device.type == "cuda" else 1 << 15)
-    args.ttt_lr = run.cfg.max_lr / 4 if args.ttt_lr is None else args.ttt_lr
+    args.ttt_lr = args.ttt_lr or run.cfg.max_lr / 4
     settings = make_settings(args, model, step, questions, runtime)
     split = args.split or ("evaluation" if has_splits(path) else "")
     name = "-".join(filter(None, ["solve", path.resolve().stem if args.data_dir else "", split]))
     out = Path(args.out) if args.out else folder / name
-    out.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(Lock(out)), contextlib.closing(AnswerLog(out / "answers.jsonl", settings)) as log:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {reason(error)}") from None
+    with contextlib.closing(hold(out)), contextlib.closing(AnswerLog(out / "answers.jsonl", settings)) as log:
         known = sum(q.name in run.task_tokens for q in questions)
         runtime.say(f"run         {folder}: {run.model_cfg.pattern}, step {step}\ndevice      {runtime.describe()}\n"
                     f"tasks       {described(path, args.split)}: {len(questions)} tasks, "
@@ -745,27 +736,18 @@ def solve(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: 0 when all is done, 2 with one line for each problem, 130 when stopped."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = make_parser().parse_args(argv)
-    try:
-        check(args)
-        (score_file if args.score else solve)(args)
-    except KeyboardInterrupt:
-        print(f"\nstopped; finished tasks are kept; to go on: python solve.py {shlex.join(argv)}")
-        return 130
-    except (ConfigError, DataError) as error:
-        for line in str(error).splitlines():
-            print(f"solve.py: {line}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"solve.py: {reason(error)}; is there room, and may you write there? (--out)", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        print(f"solve.py: out of memory ({reason(error)}); lower --batch-tokens or --block-size", file=sys.stderr)
-        return 2
-    return 0
+
+    def work() -> int:
+        args = read_flags(argv)
+        try:
+            (score_file if args.score else solve)(args)
+            return 0
+        except KeyboardInterrupt:
+            again = shlex.join(sys.argv[1:] if argv is None else argv)
+            print(f"\nstopped; finished tasks are kept; to go on: python solve.py {again}")
+            return 130
+
+    return run_script("solve.py", work, memory="lower --batch-tokens or --block-size")
 
 
 if __name__ == "__main__":

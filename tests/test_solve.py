@@ -25,8 +25,19 @@ from helpers import (
 
 import solve
 import train
+from arc_data.tasks import (
+    SHARE_EVALUATION_PAIRS,
+    Task,
+    apply_symmetry,
+    canonical_hash,
+    load_arc,
+    read_grid,
+    read_split,
+)
+from extras.decode import answer_prompts
+from extras.runs import hold, load_model
 from solve import Question, make_view, score, two_attempts, view_prompt, vote
-from train import SHARE_EVALUATION_PAIRS, UNKNOWN_TASK, Task, canonical_hash, load_arc, read_split
+from train import UNKNOWN_TASK
 
 
 def call(*argv):
@@ -93,7 +104,7 @@ def solved(trained, tmp_path_factory):
     return out
 
 
-FEW = ("--views", "5", "--batch-tokens", "1200")
+FEW = ("--views", "5", "--batch-tokens", "300")
 
 
 def load(path):
@@ -109,6 +120,11 @@ def tree(folder):
 def question(rng=None, name="a", demonstrations=4):
     rng = rng or np.random.default_rng(0)
     return Question(name, [(random_grid(rng), random_grid(rng)) for _ in range(demonstrations)], [random_grid(rng)])
+
+
+def whole_prompt(q, first=0):
+    """A question as it stands, from demonstration `first` on."""
+    return train.make_prompt(Task("", [*q.demonstrations[first:], (q.inputs[0], None)]), 10**6, {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,9 +144,9 @@ def test_a_view_is_undone():
 def test_view_0_is_the_task_as_it_stands_and_eight_views_have_the_eight_symmetries():
     q, grid = question(), np.arange(6, dtype=np.uint8).reshape(2, 3)
     prompt, left_out = view_prompt(q, 0, make_view(5, q, 0), 4096, {})
-    assert left_out == 0 and prompt.tolist() == train.encode_task(q.demonstrations, q.inputs[0]).tolist()
+    assert left_out == 0 and prompt.tolist() == whole_prompt(q).tolist()
     for first in (0, 8, 16):
-        shapes = {train.apply_symmetry(grid, make_view(5, q, k).symmetry).tobytes() for k in range(first, first + 8)}
+        shapes = {apply_symmetry(grid, make_view(5, q, k).symmetry).tobytes() for k in range(first, first + 8)}
         assert len(shapes) == 8
 
 
@@ -153,9 +169,9 @@ def test_a_prompt_shows_all_grids_in_one_view_and_names_a_known_task():
     for k in range(1, 12):
         view = make_view(0, q, k)
         prompt, _ = view_prompt(q, 0, view, 4096, {"a": 21, "b": 22})
-        pairs = [tuple(view.colours[train.apply_symmetry(g, view.symmetry)] for g in q.demonstrations[i])
+        pairs = [tuple(view.colours[apply_symmetry(g, view.symmetry)] for g in q.demonstrations[i])
                  for i in view.order]  # fmt: skip
-        query = view.colours[train.apply_symmetry(q.inputs[0], view.symmetry)]
+        query = view.colours[apply_symmetry(q.inputs[0], view.symmetry)]
         shown = sequence([*pairs, (query, query)], first=21)
         assert prompt.tolist() == shown[: len(prompt)].tolist() and prompt[-1] == train.OUT
     assert view_prompt(q._replace(name="z"), 0, view, 4096, {"a": 21})[0][0] == UNKNOWN_TASK
@@ -168,7 +184,7 @@ def test_demonstrations_that_do_not_fit_are_left_out_whole_and_counted():
     for block in range(whole, 60, -1):
         prompt, left_out = view_prompt(q, 0, make_view(0, q, 0), block, {})
         counts.append(left_out)
-        assert prompt.tolist() == train.encode_task(q.demonstrations[left_out:], q.inputs[0]).tolist()
+        assert prompt.tolist() == whole_prompt(q, left_out).tolist()
         assert len(prompt) <= block or left_out == 4
     assert counts == sorted(counts) and counts[0] == 0 and counts[-1] > 1
 
@@ -231,7 +247,7 @@ def test_the_limit_on_answers_holds_for_every_official_task_in_every_view(arc_di
         assert max(limits) == 931 and min(limits) < 400
         for q, limit in zip(questions, limits, strict=True):
             for answer in truths[q.name]:
-                assert max(len(train.encode_answer(g)) for g in (answer, answer.T)) <= limit, q.name
+                assert max(len(train.encode_grid(g)) for g in (answer, answer.T)) < limit, q.name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,7 +385,7 @@ def test_what_solving_writes_and_prints(trained, solved, data, capsys):
         for entry in submission[q.name]:
             assert list(entry) == ["attempt_1", "attempt_2"]
             for attempt in entry.values():
-                train.read_grid(attempt, "attempt")
+                read_grid(attempt, "attempt")
     assert (scores["tasks"], scores["outputs"], scores["unknown_outputs"], scores["answers"]) == (6, 7, 1, 5 * 8)
     assert scores["malformed_answers"] < 20, "the model has to write grids, or these tests prove little"
     assert call("--score", solved / "submission.json", "--data-dir", data) == 0
@@ -382,16 +398,17 @@ def test_what_solving_writes_and_prints(trained, solved, data, capsys):
 def test_answers_are_the_votes_of_the_views(trained, solved, data):
     """One output, done again by hand: every view asked alone, mapped back, counted."""
     questions, _ = solve.read_questions(data, "evaluation", [])
-    model, _ = train.load_model(trained, solve.read_run(trained).model_cfg)
-    tokens = {name: UNKNOWN_TASK + 1 + i for i, name in enumerate(load(trained / "config.json")["tasks"])}
+    model, _ = load_model(trained, solve.read_run(trained).model_cfg)
+    known = {name: UNKNOWN_TASK + 1 + i for i, name in enumerate(load(trained / "config.json")["tasks"])}
     log = [json.loads(line) for line in (solved / "answers.jsonl").read_text().splitlines()]
     records = {record["task"]: record for record in log[1:]}
     for q in questions[:2]:
         for test, query in enumerate(q.inputs):
             answers = []
             for view in (make_view(0, q, k) for k in range(5)):
-                prompt, _ = view_prompt(q, test, view, 256, tokens)
-                new, logp = model.generate(torch.from_numpy(prompt)[None], None, 300, train.END)
+                prompt, _ = view_prompt(q, test, view, 256, known)
+                tokens, length = torch.from_numpy(prompt)[None], torch.tensor([len(prompt)])
+                new, logp = train.generate.plain(model, tokens, length, 300, train.END)
                 found = train.decode_grid(new[0].tolist())
                 answers.append((None if found is None else view.undo(found), float(logp)))
             candidates, dropped = vote(answers, query)
@@ -402,19 +419,9 @@ def test_answers_are_the_votes_of_the_views(trained, solved, data):
             assert logprobs == pytest.approx([c.logprob for c in candidates[:5]], rel=1e-4)
 
 
-def test_the_average_of_the_weights_answers_where_there_is_one(data, tmp_path):
-    folder = learn(data, tmp_path / "run", "--ema", "0.5", steps=4)
-    state = checkpoint(folder)
-    model, kept = train.load_model(folder, solve.read_run(folder).model_cfg)
-    assert kept["step"] == 4
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, state["ema"][f"module.{name}"])
-    assert not torch.equal(model.embed.weight, state["model"]["embed.weight"])
-
-
 def interrupt(monkeypatch, after):
     """As if Ctrl-C came while batch number `after` is answered; counts the batches that were answered."""
-    made, answer = [], train.answer_prompts
+    made, answer = [], answer_prompts
 
     def patched(*args):
         if len(made) == after:
@@ -445,7 +452,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(trained, solved, tmp_path, monk
 
 
 def test_a_group_of_which_a_part_is_written_is_answered_again_to_the_same_bytes(trained, tmp_path, monkeypatch):
-    several = ("--views", "3", "--batch-tokens", "6000")
+    several = ("--views", "3", "--batch-tokens", "1500")
     whole = interrupt(monkeypatch, None)
     assert call(trained, "--out", tmp_path / "a", *several) == 0
     lines = (tmp_path / "a" / "answers.jsonl").read_text().splitlines(keepends=True)
@@ -455,6 +462,32 @@ def test_a_group_of_which_a_part_is_written_is_answered_again_to_the_same_bytes(
     assert call(trained, "--out", tmp_path / "b", *several) == 0
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     assert [len(args[1]) for args in whole] == [len(args[1]) for args in again], "other batches, other rounding"
+
+
+def test_rescoring_orders_the_candidates_by_all_views(trained, solved, data, tmp_path, capsys):
+    assert call(trained, "--out", solved, *FEW, "--rescore") == 2 and "with rescore None" in capsys.readouterr().err
+    assert call(trained, "--out", tmp_path, *FEW, "--rescore") == 0
+    votes, scored = ([json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()[1:]]
+                     for folder in (solved, tmp_path))  # fmt: skip
+    model, _ = load_model(trained, solve.read_run(trained).model_cfg)
+    questions = {q.name: q for q in solve.read_questions(data, "evaluation", [])[0]}
+    moved = 0
+    for one, other in zip(votes, scored, strict=True):
+        q = questions[one["task"]]
+        for test, (before, after) in enumerate(zip(one["outputs"], other["outputs"], strict=True)):
+            totals = []
+            for candidate in after["candidates"]:
+                total = 0.0
+                for view in (make_view(0, q, k) for k in range(5)):
+                    prompt, _ = view_prompt(q, test, view, 256, solve.read_run(trained).task_tokens)
+                    shown = view.show(np.array(candidate["grid"], np.uint8))
+                    whole = torch.from_numpy(np.concatenate([prompt, train.encode_grid(shown), [train.END]]))
+                    logp = model(whole[None, :-1])[0][0, len(prompt) - 1 :].log_softmax(-1)
+                    total += logp.gather(1, whole[len(prompt) :, None]).sum().item()
+                totals.append(total)
+            assert totals == sorted(totals, reverse=True)
+            moved += before["candidates"] != after["candidates"]
+    assert moved, "nothing was put in another order"
 
 
 @pytest.mark.parametrize("change, expected", [
@@ -472,7 +505,7 @@ def test_answers_made_with_other_settings_are_not_mixed_in(change, expected, tra
 
 
 def test_two_processes_do_not_write_into_one_folder(trained, solved, capsys):
-    lock = train.Lock(solved)
+    lock = hold(solved)
     assert call(trained, "--out", solved, *FEW) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "another process" in err and str(solved) in err
@@ -490,13 +523,13 @@ def test_other_weights_are_other_settings(trained, solved, tmp_path, capsys):
 
 
 def test_out_of_memory_halves_the_batches_and_goes_on(trained, solved, tmp_path, monkeypatch, capsys):
-    asked, answer = [], train.answer_prompts
+    asked, answer = [], answer_prompts
 
-    def patched(model, prompts, runtime, limit, batch_tokens):
+    def patched(model, prompts, runtime, limit, batch_tokens, drafts):
         asked.append(batch_tokens)
         if batch_tokens > 2000:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return answer(model, prompts, runtime, limit, batch_tokens)
+        return answer(model, prompts, runtime, limit, batch_tokens, drafts)
 
     monkeypatch.setattr(solve, "answer_prompts", patched)
     assert call(trained, "--out", tmp_path, "--views", "5", "--batch-tokens", "6000") == 0
@@ -553,7 +586,7 @@ def test_test_time_training_learns_the_demonstrations_and_leaves_the_run_alone(t
     assert tree(tmp_path / "a") == tree(tmp_path / "b"), "the same seed, the same weights and answers"
     questions, _ = solve.read_questions(data, "evaluation", [])
     loader = train.ArcDataLoader([Task(q.name, q.demonstrations) for q in questions], 6, 256, seed=99)
-    model, _ = train.load_model(trained, solve.read_run(trained).model_cfg)
+    model, _ = load_model(trained, solve.read_run(trained).model_cfg)
     losses = [train.validation_loss(model, loader, runtime())]
     model.load_state_dict(torch.load(tmp_path / "a" / "adapted.pt", weights_only=True)["model"])
     losses.append(train.validation_loss(model, loader, runtime()))
@@ -582,7 +615,7 @@ def test_test_time_training_sees_demonstrations_only(packed, data, trained, monk
     monkeypatch.setattr(solve, "ArcDataLoader", Loader)
     questions, _ = solve.read_questions(data, "evaluation", [])
     folder = solve.read_run(trained)
-    model, _ = train.load_model(trained, folder.model_cfg)
+    model, _ = load_model(trained, folder.model_cfg)
     cfg = dataclasses.replace(folder.cfg, packed=packed, batch_size=16, grad_accum_steps=3)
     solve.adapt(model, questions, folder._replace(cfg=cfg), runtime(), 1, 0.001, 5)
     loader = made[-1]
@@ -667,12 +700,12 @@ def test_a_run_does_not_count_what_it_learned_from(data, trained, tmp_path, caps
     folder = tmp_path / "tasks"
     shutil.copytree(data, folder)
     task = load(folder / "evaluation" / "ev2.json")
+    learned_from = load(trained / "supervised_pairs.json")
     known = load(folder / "training" / "tr5.json")["train"][1]
+    assert canonical_hash([np.array(known[side], np.uint8) for side in ("input", "output")]) in learned_from
     swap = np.array([0, 2, 1, 4, 3, 6, 5, 8, 7, 9])
     task["test"] = [{side: np.rot90(swap[np.array(known[side])]).tolist() for side in ("input", "output")}]
     (folder / "evaluation" / "ev2.json").write_text(json.dumps(task))
-    learned_from = load(trained / "supervised_pairs.json")
-    assert canonical_hash([np.array(known[side]) for side in ("input", "output")]) in learned_from
     assert call(trained, "--data-dir", folder, "--views", "2", "--out", tmp_path / "out") == 0
     scores = load(tmp_path / "out" / "scores.json")
     assert (scores["tasks"], scores["outputs"], scores["seen_outputs"], scores["tasks_left_out"]) == (5, 6, 1, 1)
@@ -710,7 +743,7 @@ def test_what_test_time_training_shows_counts_as_learned(data, trained, tmp_path
     (["{run}/missing"], "no run in this folder"),
     (["{run}", "--tasks", "ev0", "nope"], "has no nope"),
     (["{run}", "--data-dir", "{run}"], "config.json"),
-    (["{run}", "--data-dir", "{run}/nowhere"], "no task files"),
+    (["{run}", "--data-dir", "{run}/nowhere"], "nowhere: cannot be read"),
     (["{run}", "--data-dir", "{run}/config.json"], '"train" must be a list'),
     (["{run}", "--out", "{run}/config.json"], "--out"),
     (["{run}", "--kernels", "triton", "--device", "cpu"], "--kernels triton"),
