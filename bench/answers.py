@@ -1,7 +1,6 @@
 """How many passes answers take by where their drafts come from, and how fast they come beside training.
 
-    python bench/answers.py runs/arc                         # held-out outputs of a run, in 16 views each
-    python bench/answers.py runs/arc --outputs 20 --views 8 --compare 50
+    python bench/answers.py runs/arc --compare 50            # held-out outputs of a run, in 16 views each
 
 Speeds are tokens per second of processor time, so that a busy machine changes them little: of answers that are grids,
 prompts read included, and of training steps on the run's own batches, in turn with them. `--compare` answers are given
@@ -68,34 +67,29 @@ def measure(args: argparse.Namespace) -> None:
                for q, shown in zip(questions, views, strict=True)]
     print(f"{len(questions)} held-out outputs, {args.views} views; {runtime.describe()}")
 
+    tokens = learned = 0
     passes, given, took = defaultdict(list), [[] for _ in questions], defaultdict(float)
-    tokens, learned = 0, 0
     for numbers in solve.rounds(args.views):
         voted = [solve.vote(answers, q.inputs[0])[0] for q, answers in zip(questions, given, strict=True)]
-        asked = [(i, k) for i in range(len(questions)) for k in numbers]
+        asked, counts = [(i, k) for i in range(len(questions)) for k in numbers], []
         drafts = [train.encode_grid(views[i][k].show(voted[i][0].grid)) if voted[i] else None for i, k in asked]
-        counts: list[int] = []
-        model.eval()
-        found, seconds = timed(decode.answer_prompts, model, [prompts[i][k] for i, k in asked], runtime, most, 1 << 15,
+        found, seconds = timed(decode.answer_prompts, model.eval(), [prompts[i][k] for i, k in asked], runtime, most, 1 << 15,
                                drafts, counts)
         took["answers"] += seconds
         for (i, k), draft, (grid, logp), count in zip(asked, drafts, found, counts, strict=True):
-            copied = np.array_equal(decode.guess_answer(prompts[i][k]), train.encode_grid(views[i][k].show(
-                questions[i].inputs[0])))
+            query = train.encode_grid(views[i][k].show(questions[i].inputs[0]))
+            copied = np.array_equal(decode.guess_answer(prompts[i][k]), query)
             source = "voted" if draft is not None else "copy of the input" if copied else "last output"
             passes[source if grid is not None else "no grid"].append(count)
             given[i].append((None if grid is None else views[i][k].undo(grid), logp))
             tokens += 0 if grid is None else len(train.encode_grid(grid)) + 1
-        model.train()
-        number, seconds = timed(learn, model, [batch for batch, _ in zip(loader, range(3), strict=False)], runtime)
+        number, seconds = timed(learn, model.train(), [batch for batch, _ in zip(loader, range(3), strict=False)], runtime)
         took["training"], learned = took["training"] + seconds, learned + number
     passes["all grids"] = sum((counts for source, counts in passes.items() if source != "no grid"), [])
-    for source, counts in passes.items():
-        print(f"{source:<18}{len(counts):>6} answers, passes: mean {np.mean(counts):.2f}, median "
-              f"{np.median(counts):g}, most {max(counts)}")
+    for source, n in passes.items():
+        print(f"{source:<18}{len(n):>6} answers, passes: mean {np.mean(n):.2f}, median {np.median(n):g}, most {max(n)}")
     speed, training = tokens / took["answers"], learned / took["training"]
-    print(f"answers           {speed:,.0f} tokens/s\ntraining          {training:,.0f} tokens/s\n"
-          f"ratio             {speed / training:.2f}")
+    print(f"{speed:,.0f} tokens/s answered, {training:,.0f} in training: {speed / training:.2f}")
     if args.compare:
         compare(model.eval(), runtime, prompts, most, args.compare)
 
@@ -114,12 +108,11 @@ def compare(model: train.GPT, runtime: train.Runtime, prompts: list[list[np.ndar
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="the folder of a nano run on ARC")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a nano run on ARC")
     parser.add_argument("--outputs", type=int, default=40, metavar="N", help="held-out outputs (default: 40)")
     parser.add_argument("--views", type=int, default=16, metavar="N", help="views of each (default: 16)")
     parser.add_argument("--compare", type=int, default=0, metavar="N", help="answers given both ways (default: 0)")
-    args = parser.parse_args(argv)
-    return run_script("answers.py", lambda: measure(args))
+    return run_script("answers.py", lambda: measure(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":
