@@ -73,8 +73,8 @@ def measure(args: argparse.Namespace) -> None:
         voted = [solve.vote(answers, q.inputs[0])[0] for q, answers in zip(questions, given, strict=True)]
         asked, counts = [(i, k) for i in range(len(questions)) for k in numbers], []
         drafts = [train.encode_grid(views[i][k].show(voted[i][0].grid)) if voted[i] else None for i, k in asked]
-        found, seconds = timed(decode.answer_prompts, model.eval(), [prompts[i][k] for i, k in asked], runtime, most, 1 << 15,
-                               drafts, counts)
+        found, seconds = timed(decode.answer_prompts, model.eval(), [prompts[i][k] for i, k in asked], runtime, most,
+                               1 << 15, drafts, counts)
         took["answers"] += seconds
         for (i, k), draft, (grid, logp), count in zip(asked, drafts, found, counts, strict=True):
             query = train.encode_grid(views[i][k].show(questions[i].inputs[0]))
@@ -83,7 +83,8 @@ def measure(args: argparse.Namespace) -> None:
             passes[source if grid is not None else "no grid"].append(count)
             given[i].append((None if grid is None else views[i][k].undo(grid), logp))
             tokens += 0 if grid is None else len(train.encode_grid(grid)) + 1
-        number, seconds = timed(learn, model.train(), [batch for batch, _ in zip(loader, range(3), strict=False)], runtime)
+        batches = [batch for batch, _ in zip(loader, range(3), strict=False)]
+        number, seconds = timed(learn, model.train(), batches, runtime)
         took["training"], learned = took["training"] + seconds, learned + number
     passes["all grids"] = sum((counts for source, counts in passes.items() if source != "no grid"), [])
     for source, n in passes.items():
