@@ -6,8 +6,8 @@
     python solve.py --score submission.json --data-dir arc_data/arcagi --split evaluation
 
 A view shows a task under one of its 8 symmetries, a permutation of colours and an order of demonstrations. The answer
-to each view is mapped back and counts as a vote; what is no grid, or a copy of the input, does not count. Stopped and
-started again, it goes on behind the last finished task.
+to each view is mapped back and counts as a vote; what is no grid, or a copy of the input, does not count
+(extras/views.py). Stopped and started again, it goes on behind the last finished task.
 
     answers.jsonl      a line a finished task, behind a line with the settings
     submission.json    Kaggle's layout: {task: [{"attempt_1": grid, "attempt_2": grid}, one a test input, ...]}
@@ -18,7 +18,7 @@ started again, it goes on behind the last finished task.
 Answers are parted from their tasks when these are read (`read_questions`); only scores, report and pictures see them.
 
 Sections, in order (grep -n '^# == ' solve.py):
-    QUESTIONS  VIEWS  VOTES  SCORES  MODEL  ANSWERS  RESULTS  CLI
+    QUESTIONS  SCORES  MODEL  ANSWERS  RESULTS  CLI
 """
 from __future__ import annotations
 
@@ -41,26 +41,17 @@ import torch
 
 import train
 from arc_data import tasks as files
-from arc_data.tasks import Pair, Task, apply_symmetry, canonical_hash, read_grid
+from arc_data.tasks import Task, canonical_hash, read_grid
 from data.files import UserError, from_here, out_of_memory, read_json, reason, replacing, run_script, write_json
 from data.flags import Parser, flag, option
-from extras.decode import answer_logprobs, answer_prompts
+from extras.decode import answer_logprobs
 from extras.runs import hold, load_config, load_model, save_checkpoint
-from train import END, GPT, ArcDataLoader, Grid, Runtime, digest, encode_grid, make_prompt
+from extras.views import Candidate, Question, Shown, answer_in_views, answer_limit, extent, two_attempts
+from train import END, GPT, ArcDataLoader, Grid, Runtime, digest, encode_grid
 
-LONGEST = 30 * 31 + 1  # tokens of the largest answer
-ROUNDS = 0, 2, 6  # views that a round begins with: what has most votes before it is its draft
 KEPT = 5  # candidates of an output that are written down; two of them are attempts
 
 # == QUESTIONS ========================================================================================================
-
-
-class Question(NamedTuple):
-    """What a model may see of a task."""
-
-    name: str
-    demonstrations: list[Pair]
-    inputs: list[Grid]  # one a test output
 
 
 Truths = dict[str, list[Grid | None]]  # the answers of each task, in the order of its inputs; None: not known
@@ -89,89 +80,6 @@ def has_splits(path: Path) -> bool:
 def shortened(names: list[str]) -> str:
     """The first few names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# == VIEWS ============================================================================================================
-
-
-class View(NamedTuple):
-    """One way to show a task: every grid turned and recoloured, the demonstrations in this order."""
-
-    symmetry: int
-    colours: np.ndarray
-    order: list[int]
-
-    def show(self, grid: Grid) -> Grid:
-        """A grid of the task as this view has it."""
-        return self.colours[apply_symmetry(grid, self.symmetry)]
-
-    def undo(self, grid: Grid) -> Grid:
-        """The grid that `show` would turn into this one."""
-        back = {1: 3, 3: 1}.get(self.symmetry, self.symmetry)  # every other symmetry is its own inverse
-        return apply_symmetry(np.argsort(self.colours).astype(np.uint8)[grid], back)
-
-
-def make_view(seed: int, question: Question, k: int) -> View:
-    """View k of a task, a function of (seed, name of the task, k). View 0 is the task as it stands.
-
-    Eight views in a row have the eight symmetries; colours and order are random, black stays black.
-    """
-    n = len(question.demonstrations)
-    if k == 0:
-        return View(0, np.arange(10, dtype=np.uint8), list(range(n)))
-    rng = np.random.default_rng([seed, k, *question.name.encode()])
-    return View(k % 8, files.random_colours(rng), rng.permutation(n).tolist())
-
-
-def view_prompt(question: Question, test: int, view: View, block_size: int,
-                task_tokens: dict[str, int]) -> tuple[np.ndarray, int]:
-    """The prompt of one test input in one view, and how many demonstrations did not fit block_size."""
-    pairs = [tuple(view.show(g) for g in question.demonstrations[i]) for i in view.order]
-    query = Task(question.name, [*pairs, (view.show(question.inputs[test]), None)])
-    prompt = make_prompt(query, block_size, task_tokens)
-    return prompt, len(pairs) - int((prompt == END).sum())
-
-
-# == VOTES ============================================================================================================
-
-
-class Candidate(NamedTuple):
-    """An answer that some views agree on."""
-
-    grid: Grid
-    votes: int
-    logprob: float  # mean over those views of the log-probability of the whole answer, in nats
-
-
-def vote(answers: Iterable[tuple[Grid | None, float]], query: Grid) -> tuple[list[Candidate], dict[str, int]]:
-    """Candidates, best first, and how many answers were "malformed" and how many "copies" of the input `query`.
-
-    `answers` are (grid, summed log-probability of its tokens), mapped back from their views. Most votes win. Among
-    equals the higher sum over their views of the log-probability does (with equal votes the order of the means is the
-    same): every view has a say in it, where the maximum would ask only the surest one. What is still equal goes by
-    shape and cells. Nothing depends on the order of the answers.
-    """
-    found: dict[tuple, tuple[Grid, list[float]]] = {}
-    dropped = {"malformed": 0, "copies": 0}
-    for grid, logprob in answers:
-        if grid is None:
-            dropped["malformed"] += 1
-        elif np.array_equal(grid, query):
-            dropped["copies"] += 1
-        else:
-            found.setdefault((grid.shape, grid.tobytes()), (grid, []))[1].append(logprob)
-    means = {key: math.fsum(logprobs) / len(logprobs) for key, (_, logprobs) in found.items()}
-    best = sorted(found, key=lambda key: (-len(found[key][1]), -means[key], key))
-    return [Candidate(found[key][0], len(found[key][1]), means[key]) for key in best], dropped
-
-
-def two_attempts(candidates: list[list[list[int]]], query: Grid) -> tuple[Grid, Grid]:
-    """The best two candidates (grids as lists). A missing second repeats the first; without any, both are the input.
-
-    Every output needs two grids in Kaggle's layout, and a copy of the input can never be right by chance.
-    """
-    grids = [np.array(grid, dtype=np.uint8) for grid in candidates[:2]] or [query]
-    return grids[0], grids[-1]
 
 
 # == SCORES ===========================================================================================================
@@ -385,22 +293,6 @@ class AnswerLog:
         self.file.close()
 
 
-def extent(grid: Grid) -> int:
-    """Tokens of a grid as an answer, in whichever view it is longest."""
-    return grid.size + max(grid.shape) + 1
-
-
-def answer_limit(question: Question) -> int:
-    """Tokens after which an answer cannot be right any more, far above what the demonstrations suggest.
-
-    Three times the longest grid of the task, or more where its outputs have more than three times their inputs' cells.
-    It holds for every official task, and a model that finds no end is stopped before it has filled a 30 x 30 grid.
-    """
-    longest = max(map(extent, [*question.inputs, *(g for pair in question.demonstrations for g in pair)]))
-    growth = max(grid_out.size / grid_in.size for grid_in, grid_out in question.demonstrations)
-    return min(LONGEST, math.ceil(longest * max(3.0, growth)))
-
-
 def make_groups(questions: list[Question], views: int, block_size: int, batch_tokens: int) -> list[list[Question]]:
     """Questions of similar length together, as many as four batches hold; the same whatever is answered already."""
 
@@ -419,46 +311,28 @@ def make_groups(questions: list[Question], views: int, block_size: int, batch_to
     return groups
 
 
-def rounds(views: int) -> list[range]:
-    """The numbers of the views that are answered together."""
-    return [range(views)[i:j] for i, j in zip(ROUNDS, [*ROUNDS[1:], views], strict=True) if i < views]
-
-
 def answer_group(model: GPT, group: list[Question], run: Run, runtime: Runtime, args: Settings,
                  batch_tokens: int) -> list[dict]:
-    """Answer some tasks in all views: a record for each, as it goes into the log.
-
-    The first views of all tasks come first. What has most votes then, as a later view shows it, is its draft.
-    """
-    outputs = [(q, test) for q in group for test in range(len(q.inputs))]
-    views = [[make_view(args.seed, q, k) for k in range(args.views)] for q, _ in outputs]
-    prompts = [[view_prompt(q, test, view, args.block_size, run.task_tokens) for view in views[i]]
-               for i, (q, test) in enumerate(outputs)]
-    limit, answers, best = max(map(answer_limit, group)), [[] for _ in outputs], [[] for _ in outputs]
-    for numbers in rounds(args.views):
-        asked = [(i, k) for i in range(len(outputs)) for k in numbers]
-        drafts = [encode_grid(views[i][k].show(best[i][0].grid)) if best[i] else None for i, k in asked]
-        found = answer_prompts(model, [prompts[i][k][0] for i, k in asked], runtime, limit, batch_tokens, drafts)
-        for (i, k), (grid, logprob) in zip(asked, found, strict=True):
-            answers[i].append((None if grid is None else views[i][k].undo(grid), logprob))
-        best = [vote(answers[i], q.inputs[test])[0] for i, (q, test) in enumerate(outputs)]
-    if args.rescore:
-        best = rescored(model, best, views, prompts, runtime, batch_tokens)
+    """Answer some tasks in all views: a record for each, as it goes into the log."""
+    asked = [(q, test) for q in group for test in range(len(q.inputs))]
+    shown = [Shown(q, test, args.views, args.seed, args.block_size, run.task_tokens) for q, test in asked]
+    answer_in_views(model, shown, runtime, batch_tokens)
+    best = rescored(model, shown, runtime, batch_tokens) if args.rescore else [s.candidates() for s in shown]
     records = {q.name: {"task": q.name, "left_out": 0, "outputs": []} for q in group}
-    for i, (q, test) in enumerate(outputs):
-        records[q.name]["left_out"] += sum(dropped for _, dropped in prompts[i])
-        records[q.name]["outputs"].append(as_output(best[i], vote(answers[i], q.inputs[test])[1]))
+    for (q, _), s, candidates in zip(asked, shown, best, strict=True):
+        records[q.name]["left_out"] += s.left_out
+        records[q.name]["outputs"].append(as_output(candidates, s.vote()[1]))
     return list(records.values())
 
 
-def rescored(model: GPT, best: list[list[Candidate]], views: list[list[View]], prompts: list[list], runtime: Runtime,
-             batch_tokens: int) -> list[list[Candidate]]:
+def rescored(model: GPT, shown: list[Shown], runtime: Runtime, batch_tokens: int) -> list[list[Candidate]]:
     """The candidates of each output by the sum, over all its views, of their log-probabilities: a product of experts,
     in which a candidate that one view thinks impossible loses."""
-    asked = [(i, k) for i in range(len(best)) for k in range(len(views[i])) if len(best[i]) > 1]
-    answers = [[np.append(encode_grid(views[i][k].show(c.grid)), END) for c in best[i]] for i, k in asked]
+    best = [s.candidates() for s in shown]
+    asked = [(i, k) for i, s in enumerate(shown) for k in range(len(s.views)) if len(best[i]) > 1]
+    answers = [[np.append(encode_grid(shown[i].views[k].show(c.grid)), END) for c in best[i]] for i, k in asked]
     totals = [np.zeros(len(candidates)) for candidates in best]
-    found = answer_logprobs(model, [prompts[i][k][0] for i, k in asked], answers, runtime, batch_tokens)
+    found = answer_logprobs(model, [shown[i].prompts[k] for i, k in asked], answers, runtime, batch_tokens)
     for (i, _), logprobs in zip(asked, found, strict=True):
         totals[i] += logprobs
     orders = [np.argsort(-total, kind="stable") for total in totals]

@@ -474,10 +474,7 @@ class GPT(Layer):
             module.ops = ops
 
     def documents(self, tokens: Tensor) -> Tensor | None:
-        """Ids (B, T), ascending from 0, of the documents in each row, which must not see each other; None: one per row.
-
-        Mamba-2's functions call them seq_idx, as mamba_ssm does.
-        """
+        """Ids (B, T), ascending from 0, of each row's documents (Mamba-2's seq_idx), or None if a row is one."""
         starts = (tokens >= self.config.document_token).cumsum(1)
         return starts - starts[:, :1] if self.config.document_token >= 0 else None
 
@@ -1166,7 +1163,9 @@ def continue_text(model: GPT, data: Data, runtime: Runtime) -> dict[str, str]:
     """A "sample" of how the model continues the start of the validation shard. The plain version draws none."""
     return {}
 
-def answer_questions(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder: Path) -> dict[str, float]:
+@twin("views")
+def answer_questions(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder: Path,
+                     last: bool) -> dict[str, float]:
     """Scores of greedy answers to the held-out questions; the answers go to `predictions.json`."""
     prompts = [make_prompt(task, model.config.block_size, data.task_tokens) for task in data.questions]
     longest = cfg.max_grid * (cfg.max_grid + 1) + 1  # tokens of the largest answer
@@ -1179,7 +1178,7 @@ def answer_questions(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime,
     write_json(folder / "predictions.json", shown)
     return score_answers(predicted, data.answers)
 
-def evaluate(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder: Path) -> dict[str, Any]:
+def evaluate(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder: Path, last: bool) -> dict[str, Any]:
     """Validation loss; for ARC, what `score_answers` counts; for text, if its tokenizer is at hand, bits per byte."""
     if data.val is None:
         return {}
@@ -1190,7 +1189,7 @@ def evaluate(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder:
         found["bits_per_byte"] = found["val_loss"] / math.log(2) / data.bytes_per_token
         found |= continue_text(model, data, runtime)
     if data.questions:
-        found |= answer_questions(model, data, cfg, runtime, folder)
+        found |= answer_questions(model, data, cfg, runtime, folder, last)
     model.train()
     return found
 
@@ -1236,8 +1235,10 @@ def finish(folder: Path, data: Data, found: dict[str, Any], step: int, minutes: 
     for name, value in {"steps": step, "minutes": minutes, "skipped": skipped, **found}.items():
         print(f"{name + ':':<18}{value:.4f}" if isinstance(value, float) else f"{name + ':':<18}{value!r}")
     if "solve_rate" in found:
-        solved = round(found["solve_rate"] * len(data.answers))
-        print(f"{'solved:':<18}{solved} of {len(data.answers)} held-out test outputs, exactly, first try")
+        count, first = len(data.answers), round(found["solve_rate"] * len(data.answers))
+        both = f"{round(found['pass@2'] * count)} of {count}" if "pass@2" in found else ""
+        text = f"{both} held-out test outputs, in two attempts (first try: {first})"
+        print(f"{'solved:':<18}{text if both else f'{first} of {count} held-out test outputs, first try'}")
     if data.train.dropped:
         print(f"{'left out:':<18}{data.train.dropped} demonstrations, in sequences longer than --block-size")
     try:
@@ -1302,7 +1303,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
             if evaluates:
                 if runtime.rank == 0:
                     with stop.at_once():  # a signal leaves this block, because everything has been saved
-                        found = evaluate(model, data, cfg, runtime, folder)
+                        found = evaluate(model, data, cfg, runtime, folder, last=done)
                         log(step=step, minutes=minutes, **found)
                         shown = [f"{k} {v:.4f}" if isinstance(v, float) else f"\n{v!r}" for k, v in found.items()]
                         bar.write(f"step {step:>6}  {minutes:5.1f} min  {'  '.join(shown)}")

@@ -173,7 +173,7 @@ def canonical_hash(pair: Pair) -> str:
     """A name for a pair that is the same for all its symmetries and colourings (16 hexadecimal digits)."""
     forms = []
     for symmetry in range(8):
-        grids = [apply_symmetry(g, symmetry) for g in pair]
+        grids = [apply_symmetry(np.asarray(g, np.uint8), symmetry) for g in pair]
         cells = b"".join(g.tobytes() for g in grids)
         colours = bytes(dict.fromkeys(cells))  # in the order in which they appear
         ranks = bytes.maketrans(colours, bytes(range(len(colours))))

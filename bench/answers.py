@@ -10,6 +10,7 @@ one token at a time, too, and have to be the same.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections import defaultdict
@@ -25,6 +26,7 @@ import train  # noqa: E402
 from arc_data.tasks import load_arc  # noqa: E402
 from data.files import run_script  # noqa: E402
 from extras import decode  # noqa: E402
+from extras import views as v  # noqa: E402
 from extras.runs import load_model  # noqa: E402
 
 
@@ -61,16 +63,16 @@ def measure(args: argparse.Namespace) -> None:
     kind = dict(task_tokens=run.task_tokens, packed=cfg.packed)
     loader = train.ArcDataLoader(arc.tasks, cfg.batch_size, run.model_cfg.block_size, **kind)
     most = cfg.max_grid * (cfg.max_grid + 1) + 1
-    questions = [solve.Question(q.name, q.pairs[:-1], [q.pairs[-1][0]]) for q in arc.questions[: args.outputs]]
-    views = [[solve.make_view(0, q, k) for k in range(args.views)] for q in questions]
-    prompts = [[solve.view_prompt(q, 0, view, run.model_cfg.block_size, run.task_tokens)[0] for view in shown]
+    questions = [v.Question(q.name, q.pairs[:-1], [q.pairs[-1][0]]) for q in arc.questions[: args.outputs]]
+    views = [[v.make_view(0, q, k) for k in range(args.views)] for q in questions]
+    prompts = [[v.view_prompt(q, 0, view, run.model_cfg.block_size, run.task_tokens)[0] for view in shown]
                for q, shown in zip(questions, views, strict=True)]
     print(f"{len(questions)} held-out outputs, {args.views} views; {runtime.describe()}")
 
     tokens = learned = 0
     passes, given, took = defaultdict(list), [[] for _ in questions], defaultdict(float)
-    for numbers in solve.rounds(args.views):
-        voted = [solve.vote(answers, q.inputs[0])[0] for q, answers in zip(questions, given, strict=True)]
+    for numbers in [range(i, min(j, args.views)) for i, j in itertools.pairwise([*v.ROUNDS, args.views])]:
+        voted = [v.vote(answers, q.inputs[0])[0] for q, answers in zip(questions, given, strict=True)]
         asked, counts = [(i, k) for i in range(len(questions)) for k in numbers], []
         drafts = [train.encode_grid(views[i][k].show(voted[i][0].grid)) if voted[i] else None for i, k in asked]
         found, seconds = timed(decode.answer_prompts, model.eval(), [prompts[i][k] for i, k in asked], runtime, most,

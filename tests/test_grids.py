@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from arc_data.tasks import apply_symmetry, canonical_hash, random_colours, read_split
-from solve import View
+from extras.views import View
 from train import END, IN, OUT, ROW, UNKNOWN_TASK, GridLayout, decode_grid, encode_grid, encode_pairs, pair_length
 
 

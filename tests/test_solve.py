@@ -36,7 +36,8 @@ from arc_data.tasks import (
 )
 from extras.decode import answer_prompts
 from extras.runs import hold, load_model
-from solve import Question, make_view, score, two_attempts, view_prompt, vote
+from extras.views import Question, make_view, two_attempts, view_prompt, vote
+from solve import score
 from train import UNKNOWN_TASK
 
 
