@@ -33,6 +33,7 @@ SHARES = ("warmup_frac", "decay_frac", "dropout")
 SIZES = ("batch_size", "grad_accum_steps", "max_grid", "vocab_size", "block_size", "d_model", "n_head", "d_state",
          "headdim", "d_ff", "chunk_size", "d_conv", "expand")  # must be at least 1
 MOST_ROWS = 2**20
+STATES = {"step", "exp_avg", "exp_avg_sq"}, {"momentum", "second"}  # what AdamW and NorMuon keep for a parameter
 NUMBER, COUNTS, POSITION = (int, float), ("step", "minutes", "skipped"), ("epoch", "rows")
 CHECKPOINT = {"model": {}, "optimizer": [{}], "step": int, "minutes": NUMBER, "skipped": int, "config": {},
               "rng": {"torch": Tensor}, "loader": {"epoch": int, "rows": int, "effective": int, "data": str}}
@@ -234,13 +235,20 @@ def restore(state: dict, folder: Path, model: GPT, optimizers: Optimizers, loade
         found = train.restore.plain(state, folder, model, optimizers, loader)
         for optimizer in optimizers.all:
             for p, values in optimizer.state.items():
+                if values and values.keys() not in STATES:
+                    raise ValueError("the optimizer's state is of another optimizer")
                 for name, t in values.items():
                     shape = torch.Size() if name == "step" else p.shape
                     if not isinstance(t, Tensor) or t.dim() != len(shape) or t.shape[:1] != shape[:1]:
                         raise ValueError("the optimizer's state has other shapes than its parameters")
         return found
     except Exception as error:  # what is whole, but not ours, fails in many ways
-        raise UserError(f"{path}: does not fit the run's settings and data ({reason(error)})") from None
+        raise UserError(f"{path}: does not fit the run's settings and data ({misfit(error)})") from None
+
+
+def misfit(error: Exception) -> str:
+    """Why a checkpoint does not fit; PyTorch names the weights on the lines after its first."""
+    return "weights of other names or shapes" if "loading state_dict" in str(error) else reason(error)
 
 
 def load_model(folder: Path, model_cfg: ModelConfig) -> tuple[GPT, dict[str, Any]]:
@@ -259,7 +267,7 @@ def load_model(folder: Path, model_cfg: ModelConfig) -> tuple[GPT, dict[str, Any
         model = GPT(model_cfg)
         model.load_state_dict(weights)
     except (AttributeError, RuntimeError, TypeError) as error:
-        raise UserError(f"{folder / 'checkpoint.pt'}: does not fit config.json ({reason(error)})") from None
+        raise UserError(f"{folder / 'checkpoint.pt'}: does not fit config.json ({misfit(error)})") from None
     return model.eval(), state
 
 

@@ -60,6 +60,16 @@ def test_a_run_of_an_earlier_version_loads(folder):
     assert runs.restore(state, folder, *prepared(folder)) == (4, state["minutes"], 0)
 
 
+def test_weights_of_other_sizes_are_called_that(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(replaced(config, ("model", "d_ff"), 32)))
+    state = runs.load_checkpoint(folder / "checkpoint.pt")
+    with pytest.raises(UserError, match="checkpoint.pt: .*weights of other names or shapes"):
+        runs.restore(state, folder, *prepared(folder))
+    with pytest.raises(UserError, match="checkpoint.pt: .*weights of other names or shapes"):
+        runs.load_model(folder, runs.load_config(folder)[0])
+
+
 def test_the_average_of_an_earlier_version_answers(folder):
     state = runs.load_checkpoint(folder / "checkpoint.pt")
     state["ema"] = {f"module.{name}": 0 * v for name, v in state["model"].items()} | {"n_averaged": torch.tensor(3)}
@@ -150,6 +160,8 @@ TENSORS = [torch.zeros(0), torch.zeros(3, 5), torch.full((2,), float("nan")), to
 @example(("loader", "epoch"), -1)
 @example(("minutes",), float("nan"))
 @example(("rng", "torch"), torch.zeros(3, dtype=torch.uint8))
+@example(("optimizer", 0, "state", 0, "exp_avg"), {})
+@example(("optimizer", 0, "state", 0), {"step": torch.zeros(())})
 @example(("optimizer",), [1, 2])
 @example(("optimizer",), [{}])
 @example(("loader",), STATE["loader"] | {"files": [3]})
@@ -158,7 +170,11 @@ def test_checkpoints_with_odd_values_are_refused(place, where, value):
     torch.save(replaced(STATE, where, value), place / "checkpoint.pt")
     with contextlib.suppress(UserError):
         state = runs.load_checkpoint(place / "checkpoint.pt")
-        step, minutes, skipped = runs.restore(state, place, *prepared(place))
+        model, optimizers, loader = prepared(place)
+        step, minutes, skipped = runs.restore(state, place, model, optimizers, loader)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizers.step(0.0)  # what was restored can be gone on with
         assert step >= 0 and minutes >= 0 and skipped >= 0
 
 
