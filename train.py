@@ -759,7 +759,7 @@ class TrainConfig:
     batch_size: int = option(16, "sequences per micro-batch and device")
     grad_accum_steps: int = option(1, "micro-batches per device and optimizer step")
     max_steps: int = option(0, "optimizer steps, instead of the preset's minutes; 0: no limit but --max-minutes")
-    max_minutes: float = option(60.0, "wall-clock budget, also of what a resume continues; 0: no limit but --max-steps")
+    max_minutes: float = option(60.0, "wall-clock minutes, with those before a resume; 0: no limit but --max-steps")
     max_lr: float = option(2e-3, "peak learning rate, for both optimizers")
     warmup_frac: float = option(0.02, "share of the run over which the learning rate rises from 0")
     decay_frac: float = option(0.4, "share of the run, at its end, over which the learning rate falls to 0")
@@ -871,9 +871,8 @@ class Optimizers:
             if not split:
                 (decay if p.dim() == 2 else no_decay).append(p)
         groups = [dict(params=decay, weight_decay=cfg.weight_decay), dict(params=no_decay, weight_decay=0.0)]
-        self.all: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=cfg.max_lr, betas=(0.9, 0.95), fused=no_decay[0].device.type != "mps")
-        ]
+        fused = no_decay[0].device.type != "mps"
+        self.all: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, cfg.max_lr, (0.9, 0.95), fused=fused)]
         if matrices:
             self.all.append(NorMuon(matrices, lr=cfg.max_lr, weight_decay=cfg.weight_decay))
         held = [p for o in self.all for g in o.param_groups for p in g["params"]]
@@ -935,7 +934,7 @@ class Runtime:
         if not found[kind]:
             raise UserError(f"--device {kind}: PyTorch {torch.__version__} sees none; use --device cpu")
         world = max(1, int(os.environ.get("WORLD_SIZE") or 1)) if distributed else 1  # torchrun's variables
-        rank, local = (int(os.environ.get(name) or 0) * (world > 1) for name in ("RANK", "LOCAL_RANK"))
+        rank, local = (int(os.environ.get(name) or 0) if world > 1 else 0 for name in ("RANK", "LOCAL_RANK"))
         device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
         dtype = pick_dtype(device) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
         if kind == "cuda":
@@ -1254,6 +1253,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
     from tqdm import tqdm
 
     runtime = Runtime.start(cfg)
+    cfg.dtype = str(runtime.dtype).removeprefix("torch.")  # what "auto" chose is kept by a resume
     runtime.say(f"run         {folder}\ndevice      {runtime.describe()}")
     lock = hold(folder) if resume and runtime.rank == 0 else None  # before anybody else can change the checkpoint
     state = load_checkpoint(folder / "checkpoint.pt") if resume else None
@@ -1264,14 +1264,15 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
                 f"{model_cfg.block_size} tokens; {cfg.optimizer} at {cfg.max_lr:g}")
     fit_to_memory(model, optimizers, cfg, runtime)  # clears the optimizers' state
     step, before, skipped = restore(state, folder, model, optimizers, data.train) if state else (0, 0.0, 0)
-    saved, saved_at = (step if state else None), before  # step and minutes of the last checkpoint
-    state = None  # gives its memory back
+    saved, saved_at, state = (step if state else None), before, None  # step and minutes of the last checkpoint
     if runtime.rank:  # each rank needs dropout of its own
         torch.manual_seed(hash((cfg.seed, runtime.rank, step)))
     network = nn.parallel.DistributedDataParallel(model) if runtime.world > 1 else model
     if runtime.rank == 0:
         folder.mkdir(parents=True, exist_ok=bool(cfg.out_dir))  # a free name may be taken by now
         lock = lock or hold(folder)
+        if not resume:
+            new_run_folder(cfg)  # UserError if another run has begun and ended there meanwhile
         config = {"model": asdict(model_cfg), "train": asdict(cfg), "tasks": list(data.task_tokens)}
         write_json(folder / "config.json", config)
         write_json(folder / "supervised_pairs.json", data.pairs)
@@ -1285,8 +1286,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
             minutes, stopping = runtime.all_max(before + (time.monotonic() - began) / 60, stop.up)
             progress = max(step / (cfg.max_steps or math.inf), minutes / (cfg.max_minutes or math.inf))
             done = progress >= 1
-            intervals = cfg.eval_every, cfg.save_every
-            eval_due, save_due = (step > 0 and every > 0 and step % every == 0 for every in intervals)
+            eval_due, save_due = (0 < every <= step and step % every == 0 for every in (cfg.eval_every, cfg.save_every))
             evaluates = not stopping and (done or eval_due)
 
             # once in a while save: at the start, when it is due, before every evaluation (it may take long), at the end
@@ -1301,7 +1301,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
 
             # once in a while evaluate: the validation loss, and a few tasks answered
             if evaluates:
-                if runtime.rank == 0:
+                if runtime.rank == 0 and not stop.up:
                     with stop.at_once():  # a signal leaves this block, because everything has been saved
                         found = evaluate(model, data, cfg, runtime, folder, last=done)
                         log(step=step, minutes=minutes, **found)

@@ -129,7 +129,7 @@ def replacing(path: Path, check: Callable[[Path], None] | None = None) -> Iterat
                 os.fsync(folder)
             os.close(folder)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk is reported without a name
+        error.filename = str(path)  # not the temporary name; a full disk is reported without any
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **more)
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{Path(self.prog).name}: {message} (see python {self.prog} --help)\n")
+        self.exit(2, f"{Path(self.prog).name}: {message:.300} (see python {self.prog} --help)\n")
 
     def add_fields(self, cls: type, title: str, varied: set[str] | None = None) -> None:
         """A flag for each field of a dataclass that has a help text, without a default of its own: with
@@ -46,8 +46,16 @@ class Parser(argparse.ArgumentParser):
                 group.add_argument(flag(f.name), action="store_true", help=text)
             else:
                 metavar = f"{{{','.join(choices)}}}" if choices else {int: "N", float: "X", str: "TEXT"}[kind]
-                read = (lambda path: str(Path(path).expanduser())) if f.name.endswith("_dir") else kind
+                read = folder_name if f.name.endswith("_dir") else kind
                 group.add_argument(flag(f.name), type=read, metavar=metavar, help=text)
+
+
+def folder_name(text: str) -> str:
+    """For argparse: the type of a flag that names a folder, perhaps below ~; an empty one stays empty."""
+    try:
+        return str(Path(text).expanduser()) if text else ""
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text:.40}: there is no such user") from None
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
