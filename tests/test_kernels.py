@@ -205,7 +205,7 @@ def test_what_is_picked():
 
 
 def test_where_triton_does_not_work_its_place_is_taken_and_the_reason_said(monkeypatch):
-    def make_ops(plain):
+    def make_ops(plain, strict):
         raise RuntimeError("no kernel here\nand more")
 
     monkeypatch.setitem(sys.modules, "extras.triton_kernels", types.SimpleNamespace(make_ops=make_ops))
@@ -216,5 +216,5 @@ def test_where_triton_does_not_work_its_place_is_taken_and_the_reason_said(monke
     with pytest.raises(UserError, match="^--kernels triton: RuntimeError: no kernel here; .*$"):
         kernels.pick_ops(cuda, torch.bfloat16, "triton")
     monkeypatch.setitem(sys.modules, "extras.triton_kernels",
-                        types.SimpleNamespace(make_ops=lambda plain: plain._replace(name="Triton")))
+                        types.SimpleNamespace(make_ops=lambda plain, strict: plain._replace(name="Triton")))
     assert kernels.pick_ops(cuda, torch.bfloat16, "auto").name == "Triton"
