@@ -16,7 +16,7 @@ from train import END, GPT, Data, Runtime, TrainConfig, encode_grid, make_prompt
 
 ROUNDS = 0, 2, 6  # first view of each round; a later one is given what has most votes by then as a draft
 LONGEST = 30 * 31 + 1  # tokens of the largest answer
-VIEWS = 16  # of the last evaluation of a run
+VIEWS = 8  # of each output in the last evaluation of a run
 
 
 # == VIEWS ============================================================================================================
@@ -173,7 +173,7 @@ def answer_questions(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime,
     block_size = model.config.block_size
     shown = [Shown(Question(name, pairs[:-1], [pairs[-1][0]]), 0, VIEWS, 0, block_size, data.task_tokens)
              for name, pairs in data.questions]
-    answer_in_views(model, shown, runtime, math.ceil(cfg.batch_size / runtime.pieces) * 2 * block_size)
+    answer_in_views(model, shown, runtime, 1 << 19 if runtime.device.type == "cuda" else 1 << 15)
     attempts = [two_attempts([c.grid for c in s.candidates()], s.query) for s in shown]
     right = [[np.array_equal(grid, truth) for grid in two] for two, truth in zip(attempts, data.answers, strict=True)]
     names, entries = [task.name for task in data.questions], []
