@@ -554,8 +554,14 @@ def prepare_model(model: GPT, questions: list[Question], run: Run, runtime: Runt
     model.use(runtime.ops)
     if args.ttt_steps:
         matter = {name: value for name, value in settings.items() if name not in ("views", "block_size")}
-        adapted(model, out / "adapted.pt", matter,
-                lambda: adapt(model, questions, run, runtime, args.ttt_steps, args.ttt_lr, args.seed))
+        try:
+            adapted(model, out / "adapted.pt", matter,
+                    lambda: adapt(model, questions, run, runtime, args.ttt_steps, args.ttt_lr, args.seed))
+        except UserError as error:
+            if "fit in memory" not in str(error):
+                raise
+            raise UserError("--ttt-steps: training on one of these tasks does not fit in memory; leave it out, or pick "
+                            "smaller tasks with --tasks") from None
     model.eval()
 
 

@@ -1167,7 +1167,7 @@ def answer_questions(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime,
                      last: bool) -> dict[str, float]:
     """Scores of greedy answers to the held-out questions; the answers go to `predictions.json`."""
     prompts = [make_prompt(task, model.config.block_size, data.task_tokens) for task in data.questions]
-    longest = cfg.max_grid * (cfg.max_grid + 1) + 1  # tokens of the largest answer
+    longest = (side := min(cfg.max_grid, 30)) * (side + 1) + 1  # tokens of the largest answer
     batch_tokens = math.ceil(cfg.batch_size / runtime.pieces) * (model.config.block_size + longest)
     predicted = [grid for grid, _ in answer_prompts(model, prompts, runtime, longest, batch_tokens)]
     names = [task.name for task in data.questions]
