@@ -40,7 +40,7 @@ RUN case "$MAMBA" in \
     esac
 
 # The ARC tasks come out of an installed package: nothing is fetched when the image runs.
-COPY data/__init__.py data/files.py data/
+COPY data/__init__.py data/files.py data/flags.py data/
 COPY arc_data/*.py arc_data/
 RUN python arc_data/prepare.py && python arc_data/prepare.py --version arcagi2
 
