@@ -1,6 +1,7 @@
 """An ARC task in many views: symmetries, colours and orders of the demonstrations, whose answers vote."""
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -152,9 +153,9 @@ def answer_in_views(model: GPT, shown: list[Shown], runtime: Runtime, batch_toke
     """Answer all in all their views. The first views of all come first: what has most votes then is the draft, as the
     later view shows it."""
     limit, count = max(s.limit for s in shown), len(shown[0].views)
-    for start, stop in zip(ROUNDS, [*ROUNDS[1:], count], strict=True):
+    for start, stop in itertools.pairwise([*(first for first in ROUNDS if first < count), count]):
         best = [s.candidates()[:1] for s in shown]
-        asked = [(i, k) for i in range(len(shown)) for k in range(start, min(stop, count))]
+        asked = [(i, k) for i in range(len(shown)) for k in range(start, stop)]
         drafts = [encode_grid(shown[i].views[k].show(best[i][0].grid)) if best[i] else None for i, k in asked]
         prompts = [shown[i].prompts[k] for i, k in asked]
         for (i, k), (grid, logprob) in zip(asked, answer_prompts(model, prompts, runtime, limit, batch_tokens, drafts),

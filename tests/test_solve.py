@@ -430,7 +430,7 @@ def interrupt(monkeypatch, after):
         made.append(args)
         return answer(*args)
 
-    monkeypatch.setattr(solve, "answer_prompts", patched)
+    monkeypatch.setattr("extras.views.answer_prompts", patched)
     return made
 
 
@@ -532,7 +532,7 @@ def test_out_of_memory_halves_the_batches_and_goes_on(trained, solved, tmp_path,
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return answer(model, prompts, runtime, limit, batch_tokens, drafts)
 
-    monkeypatch.setattr(solve, "answer_prompts", patched)
+    monkeypatch.setattr("extras.views.answer_prompts", patched)
     assert call(trained, "--out", tmp_path, "--views", "5", "--batch-tokens", "6000") == 0
     assert asked[:3] == [6000, 3000, 1500] and set(asked[2:]) == {1500}
     assert capsys.readouterr().out.count("out of memory; going on") == 2
@@ -543,7 +543,7 @@ def test_without_an_end_to_halving_it_says_so(trained, tmp_path, monkeypatch, ca
     def never(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(solve, "answer_prompts", never)
+    monkeypatch.setattr("extras.views.answer_prompts", never)
     assert call(trained, "--out", tmp_path) == 2
     assert "lower --batch-tokens" in capsys.readouterr().err.splitlines()[-1]
 
