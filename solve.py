@@ -481,7 +481,7 @@ class Settings:
     ttt_lr: float = option(0.0, "peak learning rate of that (default: a quarter of the run's)")
     seed: int = option(0, "of views and test-time training (default: 0)")
     device: str = option("auto", "where to compute (default: auto)", "auto", "cpu", "cuda", "mps")
-    dtype: str = option("auto", "of matrix products (default: auto)", "auto", "float32", "bfloat16")
+    dtype: str = option("auto", "of matrix products (default: auto)", "auto", "float32", "bfloat16", "float16")
     kernels: str = option("auto", "functions to compute with (default: auto)", "auto", "plain", "triton")
     out: str = option("", "folder of the results (default: RUN/solve-SPLIT, and with --data-dir RUN/solve-DATA-SPLIT)")
     picture: bool = option(False, "also draw contact sheets, picture-01.png and so on")

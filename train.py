@@ -59,7 +59,7 @@ from torch.utils.checkpoint import checkpoint
 from arc_data.tasks import Grid, Pair, Task, apply_symmetry, as_json, base_task, load_arc, random_colours
 from data.files import UserError, from_here, reason, run_script, write_json
 from data.flags import Parser, option
-from data.shards import bytes_per_token, load_tokenizer, read_meta, read_shard, shard_files
+from data.shards import read_meta, read_shard, shard_files
 
 HERE = Path(__file__).resolve().parent
 IGNORE_INDEX = -100  # a target that carries no loss
@@ -775,7 +775,8 @@ class TrainConfig:
     reset_at_document: bool = option(False, "fineweb: no document sees the one before it")
     seed: int = option(0, "of weights, order and augmentation")
     device: str = option("auto", "where to compute", "auto", "cpu", "cuda", "mps")
-    dtype: str = option("auto", "of products; auto: bfloat16 where it is fast", "auto", "float32", "bfloat16")
+    dtype: str = option("auto", "of products; auto: bfloat16 where it is fast, float16 on older GPUs", "auto",
+                        "float32", "bfloat16", "float16")
     kernels: str = option("auto", "what computes the model; auto: the fastest functions that work here; plain: those "
                           "of train.py; triton: Triton's, or an error", "auto", "plain", "triton")
     remat: bool = option(False, "save memory, for about a third more time: recompute activations in the backward pass")
@@ -811,7 +812,7 @@ class NorMuon(torch.optim.Optimizer):
 
     The update is the nearest orthogonal matrix to the momentum, each row divided by its running root mean square,
     scaled to 0.2 root mean square so that AdamW's learning rates and weight decay fit (Liu et al. 2025). The iteration
-    runs in bfloat16 on a GPU and float32 elsewhere; matrices of one shape go through it together.
+    runs in 16 bits on a GPU and float32 elsewhere; matrices of one shape go through it together.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, momentum: float = 0.95, beta2: float = 0.95):
@@ -820,7 +821,7 @@ class NorMuon(torch.optim.Optimizer):
     @staticmethod
     def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
         """Jordan's Newton-Schulz iteration on matrices (count, n, m); singular values end near 1 (0.7 to 1.2)."""
-        X = G.bfloat16() if G.is_cuda else G.float()
+        X = G.to(pick_dtype.plain(G.device))
         X = X.mT if G.shape[-2] > G.shape[-1] else X
         X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
         for _ in range(steps):
@@ -859,6 +860,7 @@ class Optimizers:
     """
 
     def __init__(self, model: GPT, cfg: TrainConfig):
+        self.param_groups = [dict(params=list(model.parameters()))]  # what a GradScaler looks at
         self.parts: list[tuple[nn.Parameter, nn.Parameter, slice]] = []
         matrices, decay, no_decay = [], [], []
         for name, p in model.named_parameters():
@@ -875,9 +877,6 @@ class Optimizers:
         self.all: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, cfg.max_lr, (0.9, 0.95), fused=fused)]
         if matrices:
             self.all.append(NorMuon(matrices, lr=cfg.max_lr, weight_decay=cfg.weight_decay))
-        held = [p for o in self.all for g in o.param_groups for p in g["params"]]
-        assert len({id(p) for p in held}) == len(held)
-        assert sum(p.numel() for p in held) == sum(p.numel() for p in model.parameters())
 
     @staticmethod
     def split_matrix(model: GPT, name: str, p: nn.Parameter) -> list[tuple[slice, bool]]:
@@ -925,6 +924,7 @@ class Runtime:
     rank: int = 0
     world: int = 1
     pieces: int = 1  # a micro-batch is computed in so many pieces; only extras/memory.py makes it more than one
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
 
     @staticmethod
     def start(cfg: TrainConfig, distributed: bool = True) -> Runtime:
@@ -942,7 +942,8 @@ class Runtime:
         ops = pick_ops(device, dtype, cfg.kernels)
         if world > 1:
             torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=2))
-        return Runtime(device, dtype, ops, rank, world)
+        scaler = torch.amp.GradScaler(kind, init_scale=1024.0, growth_interval=200, enabled=dtype == torch.float16)
+        return Runtime(device, dtype, ops, rank, world, scaler=scaler)  # float16 loses gradients below 6e-8
 
     def say(self, text: str) -> None:
         """Print once, whatever the number of processes."""
@@ -969,9 +970,10 @@ class Runtime:
 
 @twin("kernels")
 def pick_dtype(device: torch.device) -> torch.dtype:
-    """What --dtype auto means: bfloat16 where the GPU has it, else float32."""
-    has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if has_bf16 else torch.float32
+    """What --dtype auto means: bfloat16 where a GPU has it, float16 on an older one, else float32."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 @twin("runs")
 def hold(folder: Path) -> Any:
@@ -1021,8 +1023,6 @@ class Data:
     questions: list[Task] = field(default_factory=list)
     answers: list[Grid] = field(default_factory=list)
     pairs: list[str] = field(default_factory=list)  # canonical hashes of every pair that may be supervised
-    bytes_per_token: float = math.nan  # text: of the validation shard
-    tokenizer: Any = None  # text: tiktoken's, where its vocabulary can be had
 
 def open_arc(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: dict[str, int]) -> Data:
     """ARC loaders; writes the official tasks to arc_data/ the first time. `model_cfg` learns what depends on them."""
@@ -1058,12 +1058,6 @@ def open_text(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order:
     counts = [f"{sum(map(len, loader.shards)):,}" for loader in (data.train, data.val)]
     runtime.say(f"data        {from_here(folder)}: {counts[0]} training and {counts[1]} validation tokens in "
                 f"{len(data.train.files)} + {len(data.val.files)} shards")
-    try:
-        data.tokenizer = load_tokenizer(meta["tokenizer"]) if meta else None
-    except UserError as error:
-        runtime.say(f"            no bits per byte and no samples: {error}")
-    if data.tokenizer:
-        data.bytes_per_token = bytes_per_token(data.tokenizer, max(data.val.shards, key=len)[:2_000_000])
     return data
 
 def open_data(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, names: list[str] | None = None) -> Data:
@@ -1077,7 +1071,8 @@ def open_data(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, names:
 
 @twin("memory")
 def mean_loss(network: nn.Module, batches: list[tuple[Tensor, Tensor]], runtime: Runtime, learn: bool = True) -> Tensor:
-    """The mean loss over all supervised tokens of an effective batch, whatever its slices; its gradients if `learn`.
+    """The mean loss over all supervised tokens of an effective batch, whatever its slices; its gradients, times the
+    scaler's scale, if `learn`.
 
     Each micro-batch weighs as much as it has supervised tokens; ranks exchange gradients on the last one only.
     """
@@ -1091,7 +1086,7 @@ def mean_loss(network: nn.Module, batches: list[tuple[Tensor, Tensor]], runtime:
             with runtime.autocast():
                 loss = network(x.to(runtime.device, non_blocking=True), y.to(runtime.device, non_blocking=True))[1]
             if learn:
-                (loss * (count * runtime.world / total)).backward()
+                runtime.scaler.scale(loss * (count * runtime.world / total)).backward()
         mean += loss.detach() * (count / total)
     if runtime.world > 1:
         torch.distributed.all_reduce(mean)
@@ -1101,10 +1096,12 @@ def optimizer_step(network: nn.Module, optimizers: Optimizers, batches: list[tup
                    cfg: TrainConfig, runtime: Runtime) -> tuple[float, float]:
     """One step on an effective batch: its loss and gradient norm. Where either is not finite, no weight is changed."""
     loss = mean_loss(network, batches, runtime)
+    runtime.scaler.unscale_(optimizers)
     norm = nn.utils.clip_grad_norm_(network.parameters(), cfg.grad_clip or math.inf)
     loss, norm = loss.item(), norm.item()
     if math.isfinite(loss + norm):
         optimizers.step(lr)
+    runtime.scaler.update()
     network.zero_grad(set_to_none=True)
     return loss, norm
 
@@ -1158,8 +1155,8 @@ def score_answers(predicted: list[Grid | None], answers: list[Grid]) -> dict[str
     }
 
 @twin("decode")
-def continue_text(model: GPT, data: Data, runtime: Runtime) -> dict[str, str]:
-    """A "sample" of how the model continues the start of the validation shard. The plain version draws none."""
+def describe_text(model: GPT, data: Data, runtime: Runtime, loss: float) -> dict[str, Any]:
+    """Bits per byte and a sample, where the tokenizer is at hand. The plain version leaves it at the loss."""
     return {}
 
 @twin("views")
@@ -1178,17 +1175,16 @@ def answer_questions(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime,
     return score_answers(predicted, data.answers)
 
 def evaluate(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder: Path, last: bool) -> dict[str, Any]:
-    """Validation loss; for ARC, what `score_answers` counts; for text, if its tokenizer is at hand, bits per byte."""
+    """Validation loss; for ARC, what `score_answers` counts; for text, what `describe_text` says."""
     if data.val is None:
         return {}
     model.eval()
     batches = None if data.questions else math.ceil(128 / cfg.batch_size)  # all questions, or 128 windows of text
     found: dict[str, Any] = {"val_loss": validation_loss(model, data.val, runtime, batches)}
-    if data.tokenizer:
-        found["bits_per_byte"] = found["val_loss"] / math.log(2) / data.bytes_per_token
-        found |= continue_text(model, data, runtime)
     if data.questions:
         found |= answer_questions(model, data, cfg, runtime, folder, last)
+    else:
+        found |= describe_text(model, data, runtime, found["val_loss"])
     model.train()
     return found
 
@@ -1207,22 +1203,26 @@ def build_model(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime) -> G
 def fit_to_memory(model: GPT, optimizers: Optimizers, cfg: TrainConfig, runtime: Runtime) -> None:
     """Cut micro-batches until a step fits the memory, before the clock starts. Here --batch-size is trusted."""
 
-def snapshot(model: GPT, optimizers: Optimizers, loader: Loader, step: int, minutes: float, skipped: int,
-             cfg: TrainConfig) -> dict[str, Any]:
+def snapshot(model: GPT, optimizers: Optimizers, loader: Loader, runtime: Runtime, step: int, minutes: float,
+             skipped: int, cfg: TrainConfig) -> dict[str, Any]:
     """Everything a resume needs, as plain tensors and containers."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return {
         "model": model.state_dict(), "optimizer": optimizers.state_dict(), "loader": loader.state_dict(),
-        "step": step, "minutes": minutes, "skipped": skipped, "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
+        "scaler": runtime.scaler.state_dict(), "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
+        "step": step, "minutes": minutes, "skipped": skipped,
         "config": {"model": asdict(model.config), "train": asdict(cfg)},
     }
 
 @twin("runs")
-def restore(state: dict, folder: Path, model: GPT, optimizers: Optimizers, loader: Loader) -> tuple[int, float, int]:
+def restore(state: dict, folder: Path, model: GPT, optimizers: Optimizers, loader: Loader,
+            runtime: Runtime) -> tuple[int, float, int]:
     """Put back what `snapshot` took; the step, the minutes spent and the steps skipped."""
     model.load_state_dict(state["model"])
     optimizers.load_state_dict(state["optimizer"])
     loader.load_state_dict(state["loader"])
+    if state.get("scaler"):  # of a run in float16
+        runtime.scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"]["torch"])
     if torch.cuda.is_initialized() and state["rng"]["cuda"] is not None:
         torch.cuda.set_rng_state(state["rng"]["cuda"])
@@ -1263,7 +1263,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
     runtime.say(f"model       {size:,} parameters, {model_cfg.pattern}; effective batch {data.train.effective} x up to "
                 f"{model_cfg.block_size} tokens; {cfg.optimizer} at {cfg.max_lr:g}")
     fit_to_memory(model, optimizers, cfg, runtime)  # clears the optimizers' state
-    step, before, skipped = restore(state, folder, model, optimizers, data.train) if state else (0, 0.0, 0)
+    step, before, skipped = restore(state, folder, model, optimizers, data.train, runtime) if state else (0, 0.0, 0)
     saved, saved_at, state = (step if state else None), before, None  # step and minutes of the last checkpoint
     if runtime.rank:  # each rank needs dropout of its own
         torch.manual_seed(hash((cfg.seed, runtime.rank, step)))
@@ -1294,7 +1294,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
             if (done or stopping or evaluates or save_due or step == 0) and step != saved:
                 if runtime.rank == 0:
                     save_checkpoint(folder / "checkpoint.pt",
-                                    snapshot(model, optimizers, data.train, step, minutes, skipped, cfg))
+                                    snapshot(model, optimizers, data.train, runtime, step, minutes, skipped, cfg))
                 saved, saved_at = step, minutes
             if stopping:
                 break

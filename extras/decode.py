@@ -6,6 +6,7 @@ a whole answer and lets the model correct the guess (`draft_answers`): the very 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.files import UserError
+from data.shards import bytes_per_token, load_tokenizer, read_meta
 from extras.memory import cores, on_threads
 from train import END, GPT, IN, OUT, ROW, Data, Grid, GridLayout, Runtime, decode_grid, rotary_angles
 
@@ -456,16 +459,32 @@ def answer_logprobs(model: GPT, prompts: list[np.ndarray], answers: list[list[np
     return on_cores(work, prompts, runtime, batch_tokens)
 
 
-def continue_text(model: GPT, data: Data, runtime: Runtime) -> dict[str, str]:
-    """A "sample": the first 24 tokens of the validation shard, and 48 drawn behind them, the same draw every time."""
-    prompt, generator = max(data.val.shards, key=len)[:24].astype(np.int64), torch.Generator().manual_seed(0)
+@functools.cache
+def tokenizer_at_hand(name: str) -> Any:
+    """The tokenizer, or why there is none, a str: a vocabulary may have to be downloaded, which is tried once."""
+    try:
+        return load_tokenizer(name)
+    except UserError as error:
+        return str(error)
+
+
+def describe_text(model: GPT, data: Data, runtime: Runtime, loss: float) -> dict[str, Any]:
+    """The loss in bits per byte, and a "sample": the first 24 tokens of the validation shard, and 48 drawn behind them,
+    the same draw every time. Where the tokenizer cannot be had, the sample says why."""
+    text = max(data.val.shards, key=len)
+    meta = read_meta(data.val.files[0].parent)
+    tokenizer = tokenizer_at_hand(meta["tokenizer"]) if meta else ""
+    if isinstance(tokenizer, str):
+        return {"sample": f"none: {tokenizer}"} if meta else {}
+    prompt, generator = text[:24].astype(np.int64), torch.Generator().manual_seed(0)
 
     def choose(logp: Tensor) -> Tensor:
         logp = logp.nan_to_num(neginf=-1e9)  # of a model that went astray
-        p = (logp[:, : data.tokenizer.n_vocab].cpu() / 0.8).softmax(-1)
+        p = (logp[:, : tokenizer.n_vocab].cpu() / 0.8).softmax(-1)
         return torch.multinomial(p, 1, generator=generator)[:, 0].to(logp.device)
 
     tokens = torch.from_numpy(prompt)[None].to(runtime.device)
     with runtime.autocast():
         new, _ = generate(model, tokens, torch.full_like(tokens[:, 0], len(prompt)), 48, choose=choose)
-    return {"sample": " | ".join(data.tokenizer.decode(part.tolist()) for part in (prompt, new[0]))}
+    return {"bits_per_byte": loss / math.log(2) / bytes_per_token(tokenizer, text[:2_000_000]),
+            "sample": " | ".join(tokenizer.decode(part.tolist()) for part in (prompt, new[0]))}

@@ -99,7 +99,7 @@ def shares_out(network: nn.Module, runtime: Runtime) -> bool:
 
 
 def mean_loss(network: nn.Module, batches: list[Batch], runtime: Runtime, learn: bool = True) -> Tensor:
-    """The mean loss over all supervised tokens; with its gradients if `learn`. In more pieces if memory runs out."""
+    """The mean loss over all supervised tokens; if `learn`, its scaled gradients. In more pieces if memory runs out."""
     rows = max(len(x) for x, _ in batches)
     while True:
         pieces = split_batches(batches, runtime.pieces, runtime.device.type == "cpu")
@@ -126,9 +126,10 @@ def shared_mean_loss(model: GPT, pieces: list[Batch], runtime: Runtime, learn: b
         (x, y), share = pieces[i], counts[i] / sum(counts)
         with torch.set_grad_enabled(learn), runtime.autocast():  # both are a thread's own
             loss = model(x, y)[1] * share
-        return loss.detach(), torch.autograd.grad(loss, params, allow_unused=True) if learn else ()
+            scaled = runtime.scaler.scale(loss)
+        return loss.detach(), torch.autograd.grad(scaled, params, allow_unused=True) if learn else ()
 
-    mean = torch.zeros(())
+    mean = runtime.scaler.scale(torch.zeros(()))  # sets the scale up, before threads do it at once
     for loss, grads in on_threads(compute, (i for i, count in enumerate(counts) if count)):
         mean += loss
         for p, grad in zip(params, grads, strict=False):

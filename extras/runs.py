@@ -23,7 +23,7 @@ from torch import Tensor
 import train
 from data.files import UserError, fits, read_bytes, read_json, read_text, reason, replacing
 from data.flags import flag
-from train import GPT, PRESETS, Loader, ModelConfig, Optimizers, TrainConfig
+from train import GPT, PRESETS, Loader, ModelConfig, Optimizers, Runtime, TrainConfig
 
 RETIRED = {"train": {"compile": False, "ema": 0.0, "save_failure": "stop"}, "model": {"ngroups": 1}}  # their defaults
 RENAMED = {"kernels": {"torch": "auto"}}  # values that settings of earlier versions had
@@ -224,7 +224,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def restore(state: dict, folder: Path, model: GPT, optimizers: Optimizers, loader: Loader) -> tuple[int, float, int]:
+def restore(state: dict, folder: Path, model: GPT, optimizers: Optimizers, loader: Loader,
+            runtime: Runtime) -> tuple[int, float, int]:
     """Undo `snapshot`: step, minutes spent and steps skipped; UserError if the checkpoint does not fit."""
     path = folder / "checkpoint.pt"
     try:
@@ -232,7 +233,7 @@ def restore(state: dict, folder: Path, model: GPT, optimizers: Optimizers, loade
             raise ValueError("the tasks or shards are not those it was started with; name them with --data-dir")
         if (before := state["loader"]["effective"]) != loader.effective:
             raise ValueError(f"the run's effective batch is {before} sequences, not {loader.effective}")
-        found = train.restore.plain(state, folder, model, optimizers, loader)
+        found = train.restore.plain(state, folder, model, optimizers, loader, runtime)
         for optimizer in optimizers.all:
             for p, values in optimizer.state.items():
                 if values and values.keys() not in STATES:

@@ -148,7 +148,7 @@ def test_no_entry_is_forgotten():
 
 def loss_and_gradients(model: train.GPT, ops: train.Ops, tokens: torch.Tensor, dtype=torch.float32) -> dict:
     model.use(ops)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         _, loss = model(tokens, tokens.roll(-1, 1).clamp(max=15))
     return {"loss": loss} | dict(zip((n for n, _ in model.named_parameters()),
                                      torch.autograd.grad(loss, list(model.parameters())), strict=True))
@@ -163,7 +163,7 @@ def grids(rows: int, length: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("packed", (False, True), ids=("", "packed"))
-@pytest.mark.parametrize(("dtype", "bound"), ((torch.float32, 1e-4), (torch.bfloat16, 0.06)), ids=("fp32", "bf16"))
+@pytest.mark.parametrize(("dtype", "bound"), ((torch.float32, 1e-4), (torch.bfloat16, 0.06), (torch.float16, 0.01)))
 def test_a_model_computes_the_same_with_either_table(packed, dtype, bound):
     model, tokens = tiny_model(grid=True, document_token=16 if packed else -1), grids(3, 200)
     plain, fast = (loss_and_gradients(model, train.pick_ops(CPU, dtype, asked), tokens, dtype)
@@ -218,3 +218,9 @@ def test_where_triton_does_not_work_its_place_is_taken_and_the_reason_said(monke
     monkeypatch.setitem(sys.modules, "extras.triton_kernels",
                         types.SimpleNamespace(make_ops=lambda plain, strict: plain._replace(name="Triton")))
     assert kernels.pick_ops(cuda, torch.bfloat16, "auto").name == "Triton"
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((9, 0), torch.bfloat16), ((7, 5), torch.float16)])
+def test_auto_is_what_a_gpu_has(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert train.pick_dtype.plain(torch.device("cuda")) == dtype

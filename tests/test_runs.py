@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, differences, metrics, one_thread  # noqa: F401
+from helpers import CPU, ROOT, differences, metrics, one_thread  # noqa: F401
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -49,7 +49,7 @@ def prepared(folder):
     model_cfg, cfg = runs.load_config(folder)
     model, loader = train.GPT(model_cfg), train.Loader(cfg.batch_size)
     loader.fingerprint = "f0663b87975dacbb"
-    return model, train.Optimizers(model, cfg), loader
+    return model, train.Optimizers(model, cfg), loader, train.Runtime(CPU, torch.float32)
 
 
 def test_a_run_of_an_earlier_version_loads(folder):
@@ -170,8 +170,8 @@ def test_checkpoints_with_odd_values_are_refused(place, where, value):
     torch.save(replaced(STATE, where, value), place / "checkpoint.pt")
     with contextlib.suppress(UserError):
         state = runs.load_checkpoint(place / "checkpoint.pt")
-        model, optimizers, loader = prepared(place)
-        step, minutes, skipped = runs.restore(state, place, model, optimizers, loader)
+        model, optimizers, *more = prepared(place)
+        step, minutes, skipped = runs.restore(state, place, model, optimizers, *more)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         optimizers.step(0.0)  # what was restored can be gone on with

@@ -9,6 +9,8 @@ import pytest
 from helpers import TINY, make_quick, metrics, run
 
 from data import prepare
+from data.files import UserError
+from extras import decode
 
 LINES = "the cat sat on the mat\nand the dog ran after it\n\n"
 
@@ -37,6 +39,19 @@ def test_a_prepared_folder_is_trained_on(shards, tmp_path, capsys):
         assert line["sample"].startswith("<|endoftext|>the cat") and " | " in line["sample"]
     assert found[0]["sample"] != found[1]["sample"] or found[0]["val_loss"] == found[1]["val_loss"]
     assert "bits_per_byte:" in capsys.readouterr().out
+
+
+def test_without_its_tokenizer_the_sample_says_why(shards, monkeypatch):
+    def unreachable(name):
+        raise UserError(f"{name}: cannot be downloaded")
+
+    decode.tokenizer_at_hand.cache_clear()
+    monkeypatch.setattr(decode, "load_tokenizer", unreachable)
+    arguments = ["--dataset", "fineweb", "--data-dir", shards, "--block-size", "64", *TINY, "--max-steps", "1"]
+    assert run(*arguments, "--out-dir", "run") == 0
+    decode.tokenizer_at_hand.cache_clear()
+    last = metrics(shards.parent / "run")[-1]
+    assert last["sample"] == "none: bytes: cannot be downloaded" and "bits_per_byte" not in last
 
 
 @pytest.mark.parametrize("what, said", [("cut", "bytes that meta.json names"), ("json", "cannot be read as JSON"),

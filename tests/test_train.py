@@ -101,8 +101,9 @@ def assert_equal_runs(one, other):
         ("arc", []),
         ("arc", ["--packed", "--remat", "--dropout", "0.2", "--grad-accum-steps", "2", "--batch-size", "2"]),
         ("fineweb", ["--reset-at-document", "--dropout", "0.2", "--optimizer", "adamw"]),
+        ("fineweb", ["--dtype", "float16"]),
     ],
-    ids=["arc", "arc packed dropout accumulation", "fineweb dropout adamw"],
+    ids=["arc", "arc packed dropout accumulation", "fineweb dropout adamw", "fineweb float16"],
 )
 def test_a_stopped_run_goes_on_to_the_last_bit(kind, more, data, tmp_path, monkeypatch, quick):
     arguments = [*TINY, *data[kind], "--max-steps", "10", "--eval-every", "4", *more]
@@ -507,8 +508,10 @@ def test_runs_without_a_name_take_the_first_free_one(data, tmp_path, monkeypatch
     assert (tmp_path / "runs/fineweb/checkpoint.pt").exists()
 
 
-def test_steps_that_are_not_finite_are_skipped_and_five_end_the_run(data, tmp_path, monkeypatch, capsys, quick):
-    """Steps 3 and 6 to 10 have a gradient that is not finite; they leave what the steps before left."""
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_steps_that_are_not_finite_are_skipped_and_five_end_the_run(dtype, data, tmp_path, monkeypatch, capsys, quick):
+    """Steps 3 and 6 to 10 have a gradient that is not finite; they leave what the steps before left, and in float16
+    half the loss's scale."""
     plain, made = train.mean_loss, []
 
     def poisoned(network, *rest):
@@ -520,8 +523,8 @@ def test_steps_that_are_not_finite_are_skipped_and_five_end_the_run(data, tmp_pa
 
     poisoned.plain = plain.plain
     monkeypatch.setattr(train, "mean_loss", poisoned)
-    arguments = [*TINY, *data["fineweb"], "--max-steps", "12", "--save-every", "2", "--out-dir", tmp_path / "run"]
-    assert run(*arguments) == 2
+    arguments = [*TINY, *data["fineweb"], "--max-steps", "12", "--save-every", "2", "--dtype", dtype]
+    assert run(*arguments, "--out-dir", tmp_path / "run") == 2
     said = capsys.readouterr().err
     assert "5 times in a row" in said and "step 8" in said and "--max-lr" in said
     lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
@@ -529,7 +532,9 @@ def test_steps_that_are_not_finite_are_skipped_and_five_end_the_run(data, tmp_pa
     assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 2, 3, 4, 5, 6]
     same = [all(torch.equal(a, b) for a, b in zip(one, other, strict=True)) for one, other in itertools.pairwise(made)]
     assert same == [step in (3, 6, 7, 8, 9) for step in range(1, 10)]
-    assert checkpoint(tmp_path / "run")["step"] == 8 and checkpoint(tmp_path / "run")["skipped"] == 4
+    state = checkpoint(tmp_path / "run")
+    assert state["step"] == 8 and state["skipped"] == 4
+    assert state["scaler"].get("scale", 0) == (1024 / 2**4 if dtype == "float16" else 0)
 
 
 def test_a_resume_on_other_data_is_refused(quick, arc_dir, tmp_path, capsys):
@@ -544,3 +549,12 @@ def test_a_resume_on_other_data_is_refused(quick, arc_dir, tmp_path, capsys):
     capsys.readouterr()
     assert run("--resume", "--out-dir", folder, "--max-steps", "2") == 2
     assert "not those it was started with" in capsys.readouterr().err
+
+
+def test_float16_learns_what_float32_does(data, tmp_path, quick):
+    """Gradients too small for float16 come through, because the loss is scaled: the same losses to three digits."""
+    losses = []
+    for dtype in ("float32", "float16"):
+        assert run(*TINY, *data["arc"], "--max-steps", "6", "--dtype", dtype, "--out-dir", tmp_path / dtype) == 0
+        losses.append([line["loss"] for line in metrics(tmp_path / dtype) if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3) and losses[1] != losses[0]
