@@ -25,12 +25,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import shlex
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +40,10 @@ import torch
 import train
 from arc_data import tasks as files
 from arc_data.tasks import Task, canonical_hash, read_grid
-from data.files import UserError, from_here, out_of_memory, read_json, reason, replacing, run_script, write_json
+from data.files import UserError, from_here, out_of_memory, read_json, reason, run_script, write_json
 from data.flags import Parser, flag, option
 from extras.decode import answer_logprobs
-from extras.runs import hold, load_config, load_model, save_checkpoint
+from extras.runs import AnswerLog, hold, load_config, load_model, save_checkpoint
 from extras.views import Candidate, Question, Shown, answer_in_views, answer_limit, extent, two_attempts
 from train import END, GPT, ArcDataLoader, Grid, Runtime, digest, encode_grid
 
@@ -241,58 +239,6 @@ def adapted(model: GPT, path: Path, settings: dict[str, Any], train_it: Callable
 # == ANSWERS ==========================================================================================================
 
 
-class AnswerLog:
-    """`answers.jsonl`: the settings, then a line for each finished task; what is there already is not done again."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        """Open for appending; UserError where the file was made with other settings."""
-        self.records: dict[str, dict] = {}
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-        kept = list(itertools.takewhile(bool, map(self.unseal, lines)))
-        if kept:
-            before = kept[0].get("settings")
-            if before != settings:
-                raise UserError(f"{path} was made {self.difference(before, settings)}; give another --out, or delete "
-                                  "that file")
-            self.records = {record["task"]: record for record in kept[1:]}
-        with replacing(path) as file:
-            file.write("".join(map(self.seal, [{"settings": settings}, *self.records.values()])).encode())
-        self.file = open(path, "a", encoding="utf-8")
-
-    @staticmethod
-    def seal(record: dict) -> str:
-        """A line that says whether it is whole."""
-        return json.dumps(record | {"checksum": zlib.crc32(json.dumps(record).encode())}) + "\n"
-
-    @staticmethod
-    def unseal(line: str) -> dict | None:
-        """What such a line holds; None where it is torn or damaged, and its task has to be done again."""
-        try:
-            record = json.loads(line)
-            checksum = record.pop("checksum")
-            return record if zlib.crc32(json.dumps(record).encode()) == checksum else None
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-            return None
-
-    @staticmethod
-    def difference(before: Any, now: dict[str, Any]) -> str:
-        """In words, how the settings of the file differ from those of now."""
-        if not isinstance(before, dict):
-            return "by another program"
-        words = {"weights": "with other weights", "questions": "for other tasks"}
-        changed = [name for name in before | now if before.get(name) != now.get(name)]
-        return " and ".join(words.get(n, f"with {n} {before.get(n)}, not {now.get(n)}") for n in changed)
-
-    def write(self, records: list[dict]) -> None:
-        """Add finished tasks."""
-        self.file.write("".join(self.seal(record) for record in records if record["task"] not in self.records))
-        self.file.flush()
-        self.records |= {record["task"]: record for record in records}
-
-    def close(self) -> None:
-        self.file.close()
-
-
 def make_groups(questions: list[Question], views: int, block_size: int, batch_tokens: int) -> list[list[Question]]:
     """Questions of similar length together, as many as four batches hold; the same whatever is answered already."""
 
@@ -393,53 +339,11 @@ def count(records: Iterable[dict], views: int) -> dict[str, int]:
     }
 
 
-def report_outputs(records: dict[str, dict], questions: list[Question], truths: Truths, seen: dict[str, list[bool]],
-                   views: int) -> list[dict]:
-    """One entry a test output, as `report.write_report` wants them."""
-    found = []
-    for q in questions:
-        shown = [{"input": i.tolist(), "output": o.tolist()} for i, o in q.demonstrations]
-        for i, (query, output) in enumerate(zip(q.inputs, records[q.name]["outputs"], strict=True)):
-            truth, grids = truths[q.name][i], [c["grid"] for c in output["candidates"]]
-            found.append({
-                "task": q.name, "test": i, "demonstrations": shown, "input": query.tolist(),
-                "attempts": [*grids, None, None][:2], "truth": truth if truth is None else truth.tolist(),
-                "seen": seen[q.name][i], "candidates": output["candidates"], "views": views,
-                "valid": views - output["malformed"] - output["copies"],
-            })
-    return found
-
-
-def draw_pictures(out: Path, outputs: list[dict], title: str) -> list[Path]:
-    """Contact sheets of all outputs, solved ones first: picture-01.png, picture-02.png, …
-
-    The heading counts as the scores do; outputs that the run learned from come last and say so.
-    """
-    from tools import plot
-
-    entries = []
-    for o in outputs:
-        second = o["truth"] is not None and o["attempts"][1] == o["truth"]
-        grids = {"input": o["input"], "prediction": o["attempts"][second], "truth": o["truth"]}
-        shown = [tuple(np.array(pair[side]) for side in ("input", "output")) for pair in o["demonstrations"]]
-        name = o["task"] + ", learned from" * o["seen"] + ", second attempt" * second
-        entries.append({"name": name, "test": o["test"], "demonstrations": shown, "seen": o["seen"]}
-                       | {key: None if grid is None else np.array(grid) for key, grid in grids.items()})
-    entries.sort(key=lambda entry: (entry["seen"], plot.rank(entry)))
-    heading = plot.heading([e for e in entries if e["truth"] is not None and not e["seen"]])
-    sheets = [entries[i : i + plot.ROWS] for i in range(0, len(entries), plot.ROWS)]
-    digits = max(2, len(str(len(sheets))))
-    return [plot.draw_sheet(out / f"picture-{n:0{digits}}.png", sheet, heading,
-                            [title, f"sheet {n} of {len(sheets)}"])
-            for n, sheet in enumerate(sheets, 1)]
-
-
 def write_results(out: Path, records: dict[str, dict], questions: list[Question], truths: Truths,
                   seen: dict[str, list[bool]], settings: dict[str, Any], args: Settings) -> None:
     """Submission, scores and report, what they say in short, and only then pictures, which may fail."""
     submission, counts = attempts_of(records, questions), count(records.values(), args.views)
     scores = score(submission, truths, seen) | counts | {"settings": settings}
-    outputs, title = report_outputs(records, questions, truths, seen, args.views), f"{args.run} on {settings['data']}"
     write_submission(out / "submission.json", submission)
     write_json(out / "scores.json", scores)
     print(f"---\n{table(scores)}")
@@ -451,11 +355,13 @@ def write_results(out: Path, records: dict[str, dict], questions: list[Question]
     for name in ("submission.json", "scores.json"):
         print(f"{'written:':<18}{out / name}")
     try:
-        from tools.report import write_report
+        from tools import plot, report
 
-        write_report(out / "report.html", outputs, scores, title)
+        title = f"{args.run} on {settings['data']}"
+        outputs = report.entries(records, questions, truths, seen, args.views)
+        report.write_report(out / "report.html", outputs, scores, title)
         print(f"{'report:':<18}{out / 'report.html'}: open it in a browser, it needs no network")
-        pictures = draw_pictures(out, outputs, title) if args.picture else []
+        pictures = plot.draw_answers(out, outputs, title) if args.picture else []
     except Exception as error:  # what was answered and scored is worth more than a picture of it
         print(f"{'not drawn:':<18}{reason(error)}")
         return

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import shutil
 import signal
 import socket
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -402,3 +404,55 @@ def open_wandb(folder: Path, config: dict[str, Any]) -> Any:
         return run
     except Exception as error:  # not installed, not logged in, no network
         raise UserError(f"--wandb: {reason(error)}; pip install wandb && wandb login, or leave --wandb out") from None
+
+
+class AnswerLog:
+    """`answers.jsonl`: the settings, then a line for each finished task; what is there already is not done again."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        """Open for appending; UserError where the file was made with other settings."""
+        self.records: dict[str, dict] = {}
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        kept = list(itertools.takewhile(bool, map(self.unseal, lines)))
+        if kept:
+            before = kept[0].get("settings")
+            if before != settings:
+                raise UserError(f"{path} was made {self.difference(before, settings)}; give another --out, or delete "
+                                  "that file")
+            self.records = {record["task"]: record for record in kept[1:]}
+        with replacing(path) as file:
+            file.write("".join(map(self.seal, [{"settings": settings}, *self.records.values()])).encode())
+        self.file = open(path, "a", encoding="utf-8")
+
+    @staticmethod
+    def seal(record: dict) -> str:
+        """A line that says whether it is whole."""
+        return json.dumps(record | {"checksum": zlib.crc32(json.dumps(record).encode())}) + "\n"
+
+    @staticmethod
+    def unseal(line: str) -> dict | None:
+        """What such a line holds; None where it is torn or damaged, and its task has to be done again."""
+        try:
+            record = json.loads(line)
+            checksum = record.pop("checksum")
+            return record if zlib.crc32(json.dumps(record).encode()) == checksum else None
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            return None
+
+    @staticmethod
+    def difference(before: Any, now: dict[str, Any]) -> str:
+        """In words, how the settings of the file differ from those of now."""
+        if not isinstance(before, dict):
+            return "by another program"
+        words = {"weights": "with other weights", "questions": "for other tasks"}
+        changed = [name for name in before | now if before.get(name) != now.get(name)]
+        return " and ".join(words.get(n, f"with {n} {before.get(n)}, not {now.get(n)}") for n in changed)
+
+    def write(self, records: list[dict]) -> None:
+        """Add finished tasks."""
+        self.file.write("".join(self.seal(record) for record in records if record["task"] not in self.records))
+        self.file.flush()
+        self.records |= {record["task"]: record for record in records}
+
+    def close(self) -> None:
+        self.file.close()

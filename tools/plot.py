@@ -287,6 +287,27 @@ def draw_sheet(path: Path, entries: list[dict], title: str, notes: list[str]) ->
         return save(figure, path)
 
 
+def draw_answers(out: Path, outputs: list[dict], title: str) -> list[Path]:
+    """Contact sheets of all outputs that `report.entries` lists, solved ones first: picture-01.png, picture-02.png, …
+
+    The heading counts as the scores do; outputs that the run learned from come last and say so.
+    """
+    entries = []
+    for o in outputs:
+        second = o["truth"] is not None and o["attempts"][1] == o["truth"]
+        grids = {"input": o["input"], "prediction": o["attempts"][second], "truth": o["truth"]}
+        shown = [tuple(np.array(pair[side]) for side in ("input", "output")) for pair in o["demonstrations"]]
+        name = o["task"] + ", learned from" * o["seen"] + ", second attempt" * second
+        entries.append({"name": name, "test": o["test"], "demonstrations": shown, "seen": o["seen"]}
+                       | {key: None if grid is None else np.array(grid) for key, grid in grids.items()})
+    entries.sort(key=lambda entry: (entry["seen"], rank(entry)))
+    text = heading([e for e in entries if e["truth"] is not None and not e["seen"]])
+    sheets = [entries[i : i + ROWS] for i in range(0, len(entries), ROWS)]
+    digits = max(2, len(str(len(sheets))))
+    return [draw_sheet(out / f"picture-{n:0{digits}}.png", sheet, text, [title, f"sheet {n} of {len(sheets)}"])
+            for n, sheet in enumerate(sheets, 1)]
+
+
 def placed(entry: dict) -> list[tuple[float, Grid, float]]:
     """Left edge, grid and cell size (inches) of the grids in a row.
 

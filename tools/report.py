@@ -48,6 +48,23 @@ def write_report(path: Path | str, outputs: list[dict], scores: dict[str, Any], 
         file.write(page.encode("utf-8", "replace"))
 
 
+def entries(records: dict[str, dict], questions: list, truths: dict[str, list], seen: dict[str, list[bool]],
+            views: int) -> list[dict]:
+    """What `write_report` shows, out of solve.py's records, questions, answers and marks of what was learned from."""
+    found = []
+    for q in questions:
+        shown = [{"input": i.tolist(), "output": o.tolist()} for i, o in q.demonstrations]
+        for i, (query, output) in enumerate(zip(q.inputs, records[q.name]["outputs"], strict=True)):
+            truth, grids = truths[q.name][i], [c["grid"] for c in output["candidates"]]
+            found.append({
+                "task": q.name, "test": i, "demonstrations": shown, "input": query.tolist(),
+                "attempts": [*grids, None, None][:2], "truth": truth if truth is None else truth.tolist(),
+                "seen": seen[q.name][i], "candidates": output["candidates"], "views": views,
+                "valid": views - output["malformed"] - output["copies"],
+            })
+    return found
+
+
 def judged(output: dict) -> dict:
     """The output with `shares`, of the cells that each attempt has right (None: unknown), and `verdict`, one word."""
     truth, attempts = output["truth"], output["attempts"]

@@ -1,0 +1,53 @@
+"""The notebook for the competition: its cells, run one after another on a few tasks with tiny budgets."""
+
+import json
+import shutil
+
+import numpy as np
+from helpers import ROOT, TINY
+
+from arc_data.tasks import read_split
+from solve import read_questions, read_submission
+
+
+def competition(arc_dir, folder):
+    """The competition's files, with a few small tasks: training with answers, test without."""
+    small = sorted((sum(i.size + o.size for i, o in (*t["train"], *t["test"])), split, name)
+                   for split in ("training", "evaluation") for name, t in read_split(arc_dir, split).items())
+    folder.mkdir(parents=True)
+    for split, ours, count in (("training", "training", 6), ("evaluation", "test", 3)):
+        names = [name for _, s, name in small if s == split][:count]
+        tasks = {name: json.loads((arc_dir / split / f"{name}.json").read_text()) for name in names}
+        answers = {name: [test.pop("output") for test in task["test"]] for name, task in tasks.items()}
+        (folder / f"arc-agi_{ours}_challenges.json").write_text(json.dumps(tasks))
+        if ours == "training":
+            (folder / f"arc-agi_{ours}_solutions.json").write_text(json.dumps(answers))
+
+
+def test_the_notebook_goes_from_the_files_to_a_submission(arc_dir, tmp_path, monkeypatch):
+    """From scratch, and again with the run of the first time attached."""
+    notebook = json.loads((ROOT / "arc_data" / "kaggle.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    attached = tmp_path / "input"
+    competition(arc_dir, attached / "competition")
+    for name in ("extras", "data", "arc_data", "tools"):
+        shutil.copytree(ROOT / name, attached / "code" / name, ignore=shutil.ignore_patterns("arcagi*", "__pycache__"))
+    for name in ("train.py", "solve.py"):
+        shutil.copy(ROOT / name, attached / "code")
+    monkeypatch.setenv("ARC_INPUT", str(attached))
+    monkeypatch.setenv("ARC_TRAIN", " ".join([*TINY, "--block-size", "600", "--max-steps", "2"]))
+    monkeypatch.setenv("ARC_SOLVE", "--views 2 --device cpu")
+    monkeypatch.setenv("ARC_ADAPT", "--ttt-steps 1")
+    for work in (tmp_path / "first", tmp_path / "again"):
+        work.mkdir()
+        monkeypatch.setenv("ARC_WORK", str(work))
+        scope = {}
+        for cell in cells:
+            exec(compile(cell, "kaggle.ipynb", "exec"), scope)
+        questions, truths = read_questions(attached / "competition" / "arc-agi_test_challenges.json", None, ())
+        assert len(questions) == 3 and all(answer is None for task in truths.values() for answer in task)
+        submission = read_submission(work / "submission.json", questions, set())
+        assert all(isinstance(grid, np.ndarray) for task in submission.values() for pair in task for grid in pair)
+        if work.name == "first":
+            shutil.copytree(work / "run", attached / "run")
+    assert not (work / "run").exists() and (work / "solved" / "adapted.pt").exists()
