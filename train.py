@@ -108,6 +108,7 @@ class ModelConfig:
     tie_embeddings: bool = True  # not for ARC, where fewer tokens are predicted than are read
     document_token: int = -1  # tokens from this one on start a document, which sees none before it; -1: no token does
     grid: bool = False  # ARC: positions and neighbourhoods recovered from the grid tokens
+    recall: bool = False  # ARC: also hints from further cells and from the outputs before, see `GridLayout.hints`
     n_tasks: int = 0  # ARC: tasks with a token of their own
 
 # == OPS ==============================================================================================================
@@ -279,6 +280,11 @@ def decode_grid(tokens: Any) -> Grid | None:
     rows = cells.reshape(-1, width + 1)
     return rows[:, :-1].astype(np.uint8) if (rows[:, :-1] < 10).all() and (rows[:, -1] == ROW).all() else None
 
+SIGHTS = tuple(map(list, (  # columns of `GridLayout.cells` that are looked for together
+    range(9), [4], [1, 3, 4, 5, 7], [4, *range(9, 14)], [4, *range(16, 20)],  # of the input
+    range(20, 25), [4, *range(20, 25)], [*range(9), *range(20, 25)], [3, 4, 5, 24], [1, 4, 7, 21])))  # and the output
+HINTS = 25 + 4 * len(SIGHTS)  # each a number from 0 to 14
+
 class GridLayout(NamedTuple):
     """Where each token stands in its grid, recovered from the tokens alone; every field is (B, T) int64.
 
@@ -293,6 +299,9 @@ class GridLayout(NamedTuple):
     source: Tensor  # index of the mark (IN or OUT) of the grid before this one; -1: there is none
     source_rows: Tensor  # the number of rows of that grid
     source_stride: Tensor  # its tokens per row, width + 1; right if it is an input, because an output ends with END
+    start: Tensor  # index of the mark of this grid; -1: none is open
+    stride: Tensor  # its tokens per row, which are known from its second row on
+    begin: Tensor  # index of the first token of the document
 
     @staticmethod
     def of(tokens: Tensor, documents: Tensor | None = None) -> GridLayout:
@@ -315,21 +324,66 @@ class GridLayout(NamedTuple):
         start = opened.masked_fill(~mark.gather(1, opened), -1)  # the mark of this grid
         source = start.gather(1, (opened - 1).clamp(min=0)).masked_fill(opened == begin, -1)
         rows = ends.gather(1, opened) - ends.gather(1, source.clamp(min=0))
-        return GridLayout(col, row, grid, output, source, rows, (opened - source - 1) // rows.clamp(min=1))
+        stride = torch.where(row > 0, (index - col - opened) // row.clamp(min=1), 99)
+        source_stride = (opened - source - 1) // rows.clamp(min=1)
+        return GridLayout(col, row, grid, output, source, rows, source_stride, start, stride, begin)
 
-    def neighbourhood(self, tokens: Tensor) -> Tensor:
-        """For each position of an output, the colours of the 3 x 3 input cells around the cell that comes next.
+    def cells(self, tokens: Tensor) -> Tensor:
+        """Colours of the cells that the next cell of an output is most likely to depend on, (B, T, 25).
 
-        (B, T, 9), of the tokens (B, T) of this layout. 10 stands for a cell outside of the input, and for no output.
+        Of the input: the 3 x 3 around its place, then where the 7 other symmetries of the square put it, then what it
+        would repeat if the output tiled the input or enlarged it. Of the output: three above, two to the left. 10 means
+        that there is no such cell, or no output here. `tokens` (B, T) are those of this layout.
         """
-        offset = torch.tensor([(r, c) for r in (-1, 0, 1) for c in (-1, 0, 1)], device=tokens.device)
-        row, col = self.row[..., None] + offset[:, 0], self.col[..., None] + offset[:, 1]
-        inside = (row >= 0) & (row < self.source_rows[..., None])
-        inside &= (col >= 0) & (col < self.source_stride[..., None] - 1)
-        inside &= (self.output == 1)[..., None] & (self.source >= 0)[..., None]
-        index = self.source[..., None] + 1 + row * self.source_stride[..., None] + col
-        cells = tokens.gather(1, index.clamp(0, tokens.shape[1] - 1).flatten(1)).view(index.shape)
-        return torch.where(inside, cells, 10).clamp(max=10)  # a grid that a model wrote may hold other tokens
+        r, c, h, w = self.row, self.col, self.source_rows, self.source_stride - 1
+        around = [(r + i, c + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+        turned = [(h - 1 - r, c), (r, w - 1 - c), (h - 1 - r, w - 1 - c), (c, r), (w - 1 - c, h - 1 - r),
+                  (h - 1 - c, r), (c, w - 1 - r)]
+        tiled = [(r % h.clamp(min=1), c % w.clamp(min=1)), (r // h.clamp(min=1), c // w.clamp(min=1)),
+                 (r // 2, c // 2), (r // 3, c // 3)]
+        written = [(r - 1, c - 1), (r - 1, c), (r - 1, c + 1), (r, c - 2), (r, c - 1)]
+
+        def look(places: list, start: Tensor, height: Tensor, stride: Tensor) -> Tensor:
+            row, col = (torch.stack(v, dim=-1) for v in zip(*places, strict=True))
+            inside = (row >= 0) & (row < height[..., None]) & (col >= 0) & (col < stride[..., None] - 1)
+            inside &= ((self.output == 1) & (self.source >= 0))[..., None]
+            index = start[..., None] + 1 + row * stride[..., None] + col
+            found = tokens.gather(1, index.clamp(0, tokens.shape[1] - 1).flatten(1)).view(index.shape)
+            return torch.where(inside, found, 10).clamp(max=10)  # a grid that a model wrote may hold other tokens
+
+        return torch.cat([look(around + turned + tiled, self.source, h, self.source_stride),
+                          look(written, self.start, r + 1, self.stride)], dim=-1)
+
+    def recalled(self, tokens: Tensor, cells: Tensor) -> Tensor:
+        """What outputs of this task went on with where they looked like here, (B, T, 4 * len(SIGHTS)); 14 is nothing.
+
+        For each of SIGHTS, columns of `cells` (B, T, 25): the token after the last and the last but one position with
+        equal cells; then the same for cells equal up to a change of colours, with the token's colour changed alike.
+        Attention can learn such a lookup (induction heads, Olsson et al. 2022, arXiv:2209.11895), but takes far longer.
+        """
+        index, after = torch.arange(tokens.shape[1], device=tokens.device), F.pad(tokens[:, 1:], (0, 1)).clamp(max=14)
+        found = []
+        for sight in SIGHTS:
+            seen = cells[..., sight]  # (B, T, n)
+            first = (seen[..., None] == seen[..., None, :]).int().argmax(-1)  # the column in which a colour comes first
+            for shape in (seen, torch.where((seen == 0) | (seen == 10), seen, 20 + first)):
+                key = self.begin  # so that nothing is recalled from another document
+                for column in shape.unbind(-1):
+                    key = key * 1000003 + column
+                key, order = torch.where(self.output == 1, key & (2**62 - 1), -1 - index).sort(dim=1, stable=True)
+                for back in (1, 2):
+                    place = torch.where(key[:, back:] == key[:, :-back], order[:, :-back], -1)
+                    place = torch.full_like(tokens, -1).scatter(1, order[:, back:], place)
+                    said, there = after.gather(1, place.clamp(min=0)), place.clamp(min=0)[..., None].expand_as(seen)
+                    same = (seen.gather(1, there) == said[..., None]) & (said > 0)[..., None]  # black stays black
+                    ours = seen.gather(2, same.int().argmax(-1, keepdim=True))[..., 0]
+                    found.append(torch.where(place < 0, 14, torch.where(same.any(-1), ours, said)))
+        return torch.stack(found, dim=-1)
+
+    def hints(self, tokens: Tensor) -> Tensor:
+        """All that is looked up for each position, (B, T, HINTS)."""
+        cells = self.cells(tokens)
+        return torch.cat([cells, self.recalled(tokens, cells)], dim=-1)
 
 # == MODEL ============================================================================================================
 
@@ -454,7 +508,7 @@ class GPT(Layer):
         if cfg.grid:
             self.embed_col, self.embed_row = nn.Embedding(32, cfg.d_model), nn.Embedding(32, cfg.d_model)  # of 0 to 30
             self.embed_role = nn.Embedding(2, cfg.d_model)
-            self.embed_near = nn.Linear(9 * 11, cfg.d_model, bias=False)  # 9 cells, one-hot: 10 colours and "none"
+            self.embed_near = nn.Linear(HINTS * 15 if cfg.recall else 9 * 11, cfg.d_model, bias=False)  # one-hot
             self.film = nn.Linear(cfg.d_model, 4 * cfg.d_model * len(cfg.pattern), bias=False)  # see `films`
         self.blocks = nn.ModuleList(Block(cfg, letter) for letter in cfg.pattern)
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
@@ -478,17 +532,22 @@ class GPT(Layer):
         starts = (tokens >= self.config.document_token).cumsum(1)
         return starts - starts[:, :1] if self.config.document_token >= 0 else None
 
-    def inputs(self, tokens: Tensor, documents: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What goes into the first block (B, T, D), and the angles of the rotary positions."""
-        x = self.embed(tokens)
+    def inputs(self, tokens: Tensor, documents: Tensor | None,
+               at: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What goes into the first block (B, T, D), and the angles of the rotary positions; of the tokens (B, T) only
+        those at the positions `at` (B, W) if these are given."""
+        at = torch.arange(tokens.shape[1], device=tokens.device)[None] if at is None else at
+        positions, at = at[..., None], at.expand(len(tokens), -1)
+        x = self.embed(tokens.gather(1, at))
         if self.config.grid:
             layout = GridLayout.of(tokens, documents)
-            near = F.one_hot(layout.neighbourhood(tokens), 11).flatten(2).to(x.dtype)  # (B, T, 99)
-            col, row, grid = (v.clamp(0, 31) for v in layout[:3])
-            x = x + self.embed_col(col) + self.embed_row(row) + self.embed_role(layout.output) + self.embed_near(near)
+            hints, kinds = (layout.hints(tokens), 15) if self.config.recall else (layout.cells(tokens)[..., :9], 11)
+            hints = hints.gather(1, at[..., None].expand(-1, -1, hints.shape[-1]))
+            hints = hints + kinds * torch.arange(hints.shape[-1], device=tokens.device)
+            near = x.new_zeros(*at.shape, self.embed_near.in_features).scatter_(2, hints, 1.0)  # one-hot, side by side
+            col, row, grid, output = (v.gather(1, at).clamp(0, 31) for v in layout[:4])
+            x = x + self.embed_col(col) + self.embed_row(row) + self.embed_role(output) + self.embed_near(near)
             positions = torch.stack([col, row, grid], dim=-1)
-        else:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None, :, None]  # only differences count
         return x, rotary_angles(positions, self.config.d_model // self.config.n_head, self.config.rope_theta)
 
     def films(self, tokens: Tensor, documents: Tensor | None) -> list[tuple[Film | None, Film | None]]:
@@ -786,7 +845,7 @@ class TrainConfig:
     wandb: bool = option(False, "also log to Weights & Biases (pip install wandb)")
     out_dir: str = option("", "run folder (default: the first free of runs/arc, runs/arc-2, ...)")
 
-_ARC = dict(vocab_size=ARC_VOCAB, grid=True, tie_embeddings=False, block_size=4096)
+_ARC = dict(vocab_size=ARC_VOCAB, grid=True, recall=True, tie_embeddings=False, block_size=4096)
 _NANO = dict(d_model=128, n_head=4, d_state=32, headdim=32, d_ff=344, chunk_size=32, max_minutes=8.0, max_lr=5e-3,
              eval_every=200, save_every=200)
 _LONG = dict(eval_every=500, save_every=500)

@@ -19,7 +19,7 @@ from torch import Tensor
 from data.files import UserError
 from data.shards import bytes_per_token, load_tokenizer, read_meta
 from extras.memory import cores, on_threads
-from train import END, GPT, IN, OUT, ROW, Data, Grid, GridLayout, Runtime, decode_grid, rotary_angles
+from train import END, GPT, IN, OUT, ROW, Data, Grid, Runtime, decode_grid
 
 # == STATES ===========================================================================================================
 
@@ -121,18 +121,6 @@ class AttentionState:
         """Nothing to do: `Place.first` says what may be seen."""
 
 
-def inputs(model: GPT, tokens: Tensor, at: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """What `GPT.inputs` makes of whole rows (R, T), one document each, at the positions `at` (R, W) alone."""
-    x, positions = model.embed(tokens.gather(1, at)), at[..., None]
-    if model.config.grid:
-        layout = GridLayout(*(v.gather(1, at) for v in GridLayout.of(tokens)))
-        near = F.one_hot(layout.neighbourhood(tokens), 11).flatten(2).to(x.dtype)  # (R, W, 99)
-        col, row, grid = (v.clamp(0, 31) for v in layout[:3])
-        x = x + model.embed_col(col) + model.embed_row(row) + model.embed_role(layout.output) + model.embed_near(near)
-        positions = torch.stack([col, row, grid], dim=-1)
-    return x, rotary_angles(positions, model.config.d_model // model.config.n_head, model.config.rope_theta)
-
-
 class Carried:
     """Rows of tokens (S, capacity), in slots, and what every mixer carries behind the first `fed` (S,) of each."""
 
@@ -165,7 +153,7 @@ class Carried:
         While reading, states go on to `fed` at once, and what the last block says is not heard.
         """
         model = self.model
-        x, rope = inputs(model, self.tokens[slots, : int(at.max()) + 1], at)
+        x, rope = model.inputs(self.tokens[slots, : int(at.max()) + 1], None, at)
         place = Place(slots, at, rope, self.first[slots], self.fed[slots] if reading else None)
         for block, layer, films in zip(model.blocks, self.layers, self.films, strict=True):
             films = [film and film._replace(tasks=slots[:, None]) for film in films]

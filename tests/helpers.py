@@ -29,8 +29,8 @@ TINY = ["--preset", "nano", "--pattern", "MA", "--d-model", "32", "--n-head", "2
 def tiny_config(pattern: str = "MAMA", grid: bool = False, **changes) -> train.ModelConfig:
     """A model of a few thousand parameters; short chunks, so that short sequences cross several of them."""
     sizes = dict(block_size=512, d_model=32, pattern=pattern, n_head=2, d_state=8, headdim=16, d_ff=48, chunk_size=8)
-    kind = dict(vocab_size=train.ARC_VOCAB, tie_embeddings=False, grid=True, n_tasks=3) if grid else dict(vocab_size=61)
-    return train.ModelConfig(**sizes | kind | changes)
+    arc = dict(vocab_size=train.ARC_VOCAB, tie_embeddings=False, grid=True, recall=True, n_tasks=3)
+    return train.ModelConfig(**sizes | (arc if grid else dict(vocab_size=61)) | changes)
 
 
 def tiny_model(pattern: str = "MAMA", grid: bool = False, seed: int = 0, **changes) -> train.GPT:

@@ -12,7 +12,20 @@ from hypothesis import strategies as st
 
 from arc_data.tasks import apply_symmetry, canonical_hash, random_colours, read_split
 from extras.views import View
-from train import END, IN, OUT, ROW, UNKNOWN_TASK, GridLayout, decode_grid, encode_grid, encode_pairs, pair_length
+from train import (
+    END,
+    HINTS,
+    IN,
+    OUT,
+    ROW,
+    SIGHTS,
+    UNKNOWN_TASK,
+    GridLayout,
+    decode_grid,
+    encode_grid,
+    encode_pairs,
+    pair_length,
+)
 
 
 def make_grid(height, width, seed):
@@ -203,25 +216,61 @@ def walk(tokens):
             here = here | dict(col=0, row=here["row"] + 1)
         elif i:
             here = here | dict(col=here["col"] + 1)
-        places.append(here)
+        stride = (i - here["col"] - max(here["start"], 0)) // here["row"] if here["row"] else 99
+        places.append(here | dict(stride=stride, begin=0))
     return places
 
 
+def cells_seen(here, tokens):
+    """The 25 cells that a position sees, looked up one by one."""
+    r, c, h, w = here["row"], here["col"], here["source_rows"], here["source_stride"] - 1
+
+    def look(row, col, start, height, width):
+        there = here["output"] and here["source"] >= 0 and 0 <= row < height and 0 <= col < width
+        return min(tokens[start + 1 + row * (width + 1) + col], 10) if there else 10
+
+    turned = [(h - 1 - r, c), (r, w - 1 - c), (h - 1 - r, w - 1 - c), (c, r), (w - 1 - c, h - 1 - r), (h - 1 - c, r),
+              (c, w - 1 - r)]
+    tiled = [(r % max(h, 1), c % max(w, 1)), (r // max(h, 1), c // max(w, 1)), (r // 2, c // 2), (r // 3, c // 3)]
+    around = [(r + i, c + j) for i, j in itertools.product((-1, 0, 1), repeat=2)]
+    written = [(r - 1, c - 1), (r - 1, c), (r - 1, c + 1), (r, c - 2), (r, c - 1)]
+    return [*(look(*place, here["source"], h, w) for place in around + turned + tiled),
+            *(look(*place, here["start"], r + 1, here["stride"] - 1) for place in written)]
+
+
+def names_of(cells):
+    """The colours named in the order in which they come; black and "no cell" keep their names."""
+    return [c if c in (0, 10) else f"the {list(dict.fromkeys(cells)).index(c)}th" for c in cells]
+
+
+def recalled(t, places, tokens, seen):
+    """What the outputs went on with at earlier positions that look like position t, by looking at all of them."""
+    found = []
+    for sight in SIGHTS:
+        here = [seen[t][k] for k in sight]
+        for alike in (list, names_of):
+            said = []
+            for s in range(t - 1, -1, -1):
+                there = [seen[s][k] for k in sight]
+                if places[t]["output"] and places[s]["output"] and alike(there) == alike(here):
+                    token = min(tokens[s + 1], 14)
+                    said.append(here[there.index(token)] if token > 0 and token in there else token)
+            found += [*said, 14, 14][:2]
+    return found
+
+
 @given(strings)
-def test_layout_equals_a_walk_along_any_string_and_looks_only_back(string):
-    tokens = torch.tensor([[UNKNOWN_TASK, *string]])
-    places, layout = walk(tokens[0].tolist()), GridLayout.of(tokens)
+def test_layout_and_hints_equal_a_walk_along_any_string_and_look_only_back(string):
+    tokens = [UNKNOWN_TASK, *string]
+    places, layout = walk(tokens), GridLayout.of(torch.tensor([tokens]))
     for field, found in zip(GridLayout._fields, layout, strict=True):
         assert found[0].tolist() == [here[field] for here in places], field
-    for t, (here, found) in enumerate(zip(places, layout.neighbourhood(tokens)[0].tolist(), strict=True)):
-        expected = [10] * 9
-        for k, (dr, dc) in enumerate(itertools.product((-1, 0, 1), repeat=2)):
-            r, c, stride = here["row"] + dr, here["col"] + dc, here["source_stride"]
-            if here["output"] and here["source"] >= 0 and 0 <= r < here["source_rows"] and 0 <= c < stride - 1:
-                index = here["source"] + 1 + r * stride + c
-                assert index < t
-                expected[k] = min(int(tokens[0, index]), 10)
-        assert found == expected
+    hints = layout.hints(torch.tensor([tokens]))[0].tolist()
+    assert len(hints[0]) == HINTS
+    seen = [cells_seen(here, tokens[: t + 1] + [99] * 3000) for t, here in enumerate(places)]
+    assert not any(99 in cells for cells in seen)
+    for t, found in enumerate(hints):
+        assert found[:25] == seen[t] and found[25:] == recalled(t, places, tokens, seen), t
 
 
 def test_layout_of_official_tasks_says_where_each_cell_stands(official):
@@ -239,9 +288,10 @@ def test_layout_of_official_tasks_says_where_each_cell_stands(official):
             assert (found.grid[0, where] == number).all() and (found.output[0, where] == number % 2).all()
             if number % 2:  # of an output, the source is the input before it
                 mark = at - 1 - source.size - source.shape[0]
-                assert [int(f[0, at]) for f in found[-3:]] == [mark, source.shape[0], source.shape[1] + 1]
+                where = [found.source, found.source_rows, found.source_stride]
+                assert [int(f[0, at]) for f in where] == [mark, source.shape[0], source.shape[1] + 1]
                 around = np.pad(source, ((1, 34), (1, 34)), constant_values=10)
                 for i, (r, c) in enumerate(places):
                     near[at + i] = torch.from_numpy(around[r : r + 3, c : c + 3].flatten())
             at += len(places)
-        assert at == tokens.shape[1] and torch.equal(found.neighbourhood(tokens)[0], near)
+        assert at == tokens.shape[1] and torch.equal(found.cells(tokens)[0, :, :9], near)
