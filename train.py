@@ -329,7 +329,7 @@ class GridLayout(NamedTuple):
         return GridLayout(col, row, grid, output, source, rows, source_stride, start, stride, begin)
 
     def cells(self, tokens: Tensor) -> Tensor:
-        """Colours of the cells that the next cell of an output is most likely to depend on, (B, T, 25).
+        """Colours of the cells that the next cell of an output is most likely to depend on, (25, B, T).
 
         Of the input: the 3 x 3 around its place, then where the 7 other symmetries of the square put it, then what it
         would repeat if the output tiled the input or enlarged it. Of the output: three above, two to the left. 10 means
@@ -344,46 +344,55 @@ class GridLayout(NamedTuple):
         written = [(r - 1, c - 1), (r - 1, c), (r - 1, c + 1), (r, c - 2), (r, c - 1)]
 
         def look(places: list, start: Tensor, height: Tensor, stride: Tensor) -> Tensor:
-            row, col = (torch.stack(v, dim=-1) for v in zip(*places, strict=True))
-            inside = (row >= 0) & (row < height[..., None]) & (col >= 0) & (col < stride[..., None] - 1)
-            inside &= ((self.output == 1) & (self.source >= 0))[..., None]
-            index = start[..., None] + 1 + row * stride[..., None] + col
-            found = tokens.gather(1, index.clamp(0, tokens.shape[1] - 1).flatten(1)).view(index.shape)
+            row, col = (torch.stack(v) for v in zip(*places, strict=True))
+            inside = (row >= 0) & (row < height) & (col >= 0) & (col < stride - 1)
+            inside &= (self.output == 1) & (self.source >= 0)
+            index = (start + 1 + row * stride + col).clamp(0, tokens.shape[1] - 1)
+            found = tokens.expand_as(index).gather(2, index)
             return torch.where(inside, found, 10).clamp(max=10)  # a grid that a model wrote may hold other tokens
 
         return torch.cat([look(around + turned + tiled, self.source, h, self.source_stride),
-                          look(written, self.start, r + 1, self.stride)], dim=-1)
+                          look(written, self.start, r + 1, self.stride)])
 
     def recalled(self, tokens: Tensor, cells: Tensor) -> Tensor:
-        """What outputs of this task went on with where they looked like here, (B, T, 4 * len(SIGHTS)); 14 is nothing.
+        """What outputs of this task went on with where they looked like here, (4 * len(SIGHTS), B, T); 14 is nothing.
 
-        For each of SIGHTS, columns of `cells` (B, T, 25): the token after the last and the last but one position with
-        equal cells; then the same for cells equal up to a change of colours, with the token's colour changed alike.
-        Attention can learn such a lookup (induction heads, Olsson et al. 2022, arXiv:2209.11895), but takes far longer.
+        First the token after the last position with the same `cells` (25, B, T), for each of SIGHTS, columns of these;
+        then after the last one with the same cells up to a change of colours, with the token's colour changed alike;
+        then both for the last but one. Attention can learn such a lookup (induction heads, Olsson et al. 2022,
+        arXiv:2209.11895), but takes far more steps.
         """
         index, after = torch.arange(tokens.shape[1], device=tokens.device), F.pad(tokens[:, 1:], (0, 1)).clamp(max=14)
-        found = []
+        row = (torch.arange(len(tokens), device=tokens.device) * tokens.shape[1])[:, None]
+        bits, colours = 2 ** torch.arange(len(cells), device=tokens.device), index.new_tensor(range(11))[:, None, None]
+        has = torch.zeros_like(cells[:11]).scatter_add_(0, cells, bits[:, None, None].expand_as(cells))  # by colour
+        has = torch.stack([has & sum(1 << i for i in sight) for sight in SIGHTS])  # (S, 11, B, T): sets of columns
+        keys = []
         for sight in SIGHTS:
-            seen = cells[..., sight]  # (B, T, n)
-            first = (seen[..., None] == seen[..., None, :]).int().argmax(-1)  # the column in which a colour comes first
-            for shape in (seen, torch.where((seen == 0) | (seen == 10), seen, 20 + first)):
-                key = self.begin  # so that nothing is recalled from another document
-                for column in shape.unbind(-1):
-                    key = key * 1000003 + column
-                key, order = torch.where(self.output == 1, key & (2**62 - 1), -1 - index).sort(dim=1, stable=True)
-                for back in (1, 2):
-                    place = torch.where(key[:, back:] == key[:, :-back], order[:, :-back], -1)
-                    place = torch.full_like(tokens, -1).scatter(1, order[:, back:], place)
-                    said, there = after.gather(1, place.clamp(min=0)), place.clamp(min=0)[..., None].expand_as(seen)
-                    same = (seen.gather(1, there) == said[..., None]) & (said > 0)[..., None]  # black stays black
-                    ours = seen.gather(2, same.int().argmax(-1, keepdim=True))[..., 0]
-                    found.append(torch.where(place < 0, 14, torch.where(same.any(-1), ours, said)))
-        return torch.stack(found, dim=-1)
+            keys.append(self.begin)  # so that nothing is recalled from another document
+            for i in sight:
+                keys[-1] = keys[-1] * 1000003 + cells[i]
+        named = has[:, 1:10]  # black, and that there is no cell, stay what they are
+        alike = (named * named * (named + 2**40 + 15)).sum(1) + has[:, 0] * 1000003 + has[:, 10] * 998244353
+        keys = torch.cat([torch.stack(keys), alike + self.begin * 7368787]) & (2**62 - 1)
+        keys, order = torch.where(self.output == 1, keys, -1 - index).sort(dim=2, stable=True)  # equal in outputs only
+        found = []
+        for back in (1, 2):
+            place = torch.where(keys[..., back:] == keys[..., :-back], order[..., :-back], -1)
+            place = torch.full_like(keys, -1).scatter(2, order[..., back:], place)
+            said = after.expand_as(place).gather(2, place.clamp(min=0))
+            exact, other = said.chunk(2)
+            there = other.clamp(max=10) * has[0, 0].numel() + place[len(has) :].clamp(min=0) + row
+            there = has.flatten(1).gather(1, there.flatten(1)).view_as(other)  # columns with the token's colour there
+            ours = torch.where(has == there[:, None], colours, -1).amax(1)  # the colour that has them here
+            other = torch.where((there > 0) & (other < 11), ours, other)
+            found.append(torch.where(place < 0, 14, torch.cat([exact, other])))
+        return torch.cat(found)
 
     def hints(self, tokens: Tensor) -> Tensor:
-        """All that is looked up for each position, (B, T, HINTS)."""
+        """All that is looked up for each position, (HINTS, B, T)."""
         cells = self.cells(tokens)
-        return torch.cat([cells, self.recalled(tokens, cells)], dim=-1)
+        return torch.cat([cells, self.recalled(tokens, cells)])
 
 # == MODEL ============================================================================================================
 
@@ -541,9 +550,9 @@ class GPT(Layer):
         x = self.embed(tokens.gather(1, at))
         if self.config.grid:
             layout = GridLayout.of(tokens, documents)
-            hints, kinds = (layout.hints(tokens), 15) if self.config.recall else (layout.cells(tokens)[..., :9], 11)
-            hints = hints.gather(1, at[..., None].expand(-1, -1, hints.shape[-1]))
-            hints = hints + kinds * torch.arange(hints.shape[-1], device=tokens.device)
+            hints, kinds = (layout.hints(tokens), 15) if self.config.recall else (layout.cells(tokens)[:9], 11)
+            hints = hints.gather(2, at.expand(len(hints), -1, -1)).movedim(0, 2)  # (B, W, hints)
+            hints = hints + kinds * torch.arange(hints.shape[2], device=tokens.device)
             near = x.new_zeros(*at.shape, self.embed_near.in_features).scatter_(2, hints, 1.0)  # one-hot, side by side
             col, row, grid, output = (v.gather(1, at).clamp(0, 31) for v in layout[:4])
             x = x + self.embed_col(col) + self.embed_row(row) + self.embed_role(output) + self.embed_near(near)

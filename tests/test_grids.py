@@ -246,17 +246,15 @@ def names_of(cells):
 def recalled(t, places, tokens, seen):
     """What the outputs went on with at earlier positions that look like position t, by looking at all of them."""
     found = []
-    for sight in SIGHTS:
-        here = [seen[t][k] for k in sight]
-        for alike in (list, names_of):
-            said = []
-            for s in range(t - 1, -1, -1):
-                there = [seen[s][k] for k in sight]
-                if places[t]["output"] and places[s]["output"] and alike(there) == alike(here):
-                    token = min(tokens[s + 1], 14)
-                    said.append(here[there.index(token)] if token > 0 and token in there else token)
-            found += [*said, 14, 14][:2]
-    return found
+    for alike, sight in itertools.product((list, names_of), SIGHTS):
+        said, here = [], [seen[t][k] for k in sight]
+        for s in range(t - 1, -1, -1):
+            there = [seen[s][k] for k in sight]
+            if places[t]["output"] and places[s]["output"] and alike(there) == alike(here):
+                token = min(tokens[s + 1], 14)
+                said.append(here[there.index(token)] if token in there else token)
+        found.append([*said, 14, 14][:2])
+    return [said[back] for back in range(2) for said in found]
 
 
 @given(strings)
@@ -265,7 +263,7 @@ def test_layout_and_hints_equal_a_walk_along_any_string_and_look_only_back(strin
     places, layout = walk(tokens), GridLayout.of(torch.tensor([tokens]))
     for field, found in zip(GridLayout._fields, layout, strict=True):
         assert found[0].tolist() == [here[field] for here in places], field
-    hints = layout.hints(torch.tensor([tokens]))[0].tolist()
+    hints = layout.hints(torch.tensor([tokens]))[:, 0].T.tolist()
     assert len(hints[0]) == HINTS
     seen = [cells_seen(here, tokens[: t + 1] + [99] * 3000) for t, here in enumerate(places)]
     assert not any(99 in cells for cells in seen)
@@ -294,4 +292,4 @@ def test_layout_of_official_tasks_says_where_each_cell_stands(official):
                 for i, (r, c) in enumerate(places):
                     near[at + i] = torch.from_numpy(around[r : r + 3, c : c + 3].flatten())
             at += len(places)
-        assert at == tokens.shape[1] and torch.equal(found.cells(tokens)[0, :, :9], near)
+        assert at == tokens.shape[1] and torch.equal(found.cells(tokens)[:9, 0].T, near)

@@ -80,7 +80,7 @@ def test_layout_of_packed_grids_is_that_of_each_alone():
         alone, span = GridLayout.of(d[None]), slice(first, first + len(d))
         for name in ("col", "row", "grid", "output"):
             assert torch.equal(getattr(layout, name)[:, span], getattr(alone, name)), name
-        assert torch.equal(hints[:, span], alone.hints(d[None]))
+        assert torch.equal(hints[:, :, span], alone.hints(d[None]))
         first += len(d)
 
 
