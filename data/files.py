@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import importlib
 import json
 import os
@@ -67,6 +68,11 @@ def read_json(path: Path | str) -> Any:
         return json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({reason(error)})") from None
+
+
+def digest(parts: Any) -> str:
+    """Sixteen hexadecimal digits for some bytes."""
+    return hashlib.sha256(b"|".join(parts)).hexdigest()[:16]
 
 
 def fits(value: Any, shape: Any) -> bool:

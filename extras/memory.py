@@ -150,7 +150,7 @@ def count_weights(cfg: ModelConfig) -> int:
     blocks = sum(mixer[letter] + 3 * d * cfg.d_ff + 2 * d for letter in cfg.pattern)
     tables = cfg.vocab_size * (1 if cfg.tie_embeddings else 2) if not cfg.grid else (
         train.UNKNOWN_TASK + 1 + cfg.n_tasks + cfg.vocab_size + 32 + 32 + 2 + 4 * d * len(cfg.pattern)
-        + (train.HINTS * 15 if cfg.recall else 9 * 11))
+        + (train.HINTS if cfg.recall else 9 * 11))
     return blocks + d * (tables + 1)
 
 

@@ -257,18 +257,39 @@ def recalled(t, places, tokens, seen):
     return [said[back] for back in range(2) for said in found]
 
 
-@given(strings)
-def test_layout_and_hints_equal_a_walk_along_any_string_and_look_only_back(string):
-    tokens = [UNKNOWN_TASK, *string]
-    places, layout = walk(tokens), GridLayout.of(torch.tensor([tokens]))
+def assert_hints_equal_a_walk(tokens, positions):
+    """The cells, what is recalled and the votes, each looked up position by position."""
+    places, whole = walk(tokens), torch.tensor([tokens])
+    layout = GridLayout.of(whole)
     for field, found in zip(GridLayout._fields, layout, strict=True):
         assert found[0].tolist() == [here[field] for here in places], field
-    hints = layout.hints(torch.tensor([tokens]))[:, 0].T.tolist()
-    assert len(hints[0]) == HINTS
     seen = [cells_seen(here, tokens[: t + 1] + [99] * 3000) for t, here in enumerate(places)]
     assert not any(99 in cells for cells in seen)
-    for t, found in enumerate(hints):
-        assert found[:25] == seen[t] and found[25:] == recalled(t, places, tokens, seen), t
+    said = [recalled(t, places, tokens, seen) for t in range(max(positions) + 1)]
+    one_hot, votes = layout.hints(whole, torch.tensor([positions]), True)[0].split([HINTS - 30, 30], dim=-1)
+    assert HINTS - 30 == 15 * len(seen[0] + said[0])
+    for t, found, shares in zip(positions, one_hot.view(len(positions), -1, 15), votes, strict=True):
+        assert found.sum(-1).eq(1).all() and found.argmax(-1).tolist() == seen[t] + said[t], t
+        score = np.zeros((2, 15))
+        for k, token in enumerate(said[t]):
+            before = [said[s][k] == tokens[s + 1] for s in range(t) if places[s]["output"] and said[s][k] < 14]
+            odds = np.log((sum(before) + 0.4) / (len(before) - sum(before) + 0.4))
+            score[:, token] += [max(odds, 0) ** power * (places[t]["output"] and token < 14) for power in (1, 4)]
+        shared = score / np.maximum(score.sum(1, keepdims=True), 1e-6)
+        assert shares.tolist() == pytest.approx(shared.ravel(), abs=1e-4)
+
+
+@given(strings)
+def test_layout_and_hints_equal_a_walk_along_any_string_and_look_only_back(string):
+    assert_hints_equal_a_walk([UNKNOWN_TASK, *string], list(range(len(string) + 1)))
+
+
+def test_hints_of_official_tasks_equal_a_walk(official):
+    rng = np.random.default_rng(0)
+    short = [pairs for _, demonstrations, tests in official if len(sequence(pairs := demonstrations + tests[:1])) < 200]
+    for i in rng.choice(len(short), 6, replace=False):
+        tokens = sequence(short[i]).tolist()
+        assert_hints_equal_a_walk(tokens, sorted(rng.choice(len(tokens) - 1, 12, replace=False).tolist()))
 
 
 def test_layout_of_official_tasks_says_where_each_cell_stands(official):

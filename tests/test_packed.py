@@ -75,12 +75,12 @@ def test_layout_of_packed_grids_is_that_of_each_alone():
     documents = some_documents(True, 2, 4)
     packed, first = torch.cat(documents)[None], 0
     layout = GridLayout.of(packed, (packed >= UNKNOWN_TASK).cumsum(1) - 1)
-    hints = layout.hints(packed)
+    hints = layout.hints(packed, torch.arange(packed.shape[1])[None], True)
     for d in documents:
         alone, span = GridLayout.of(d[None]), slice(first, first + len(d))
         for name in ("col", "row", "grid", "output"):
             assert torch.equal(getattr(layout, name)[:, span], getattr(alone, name)), name
-        assert torch.equal(hints[:, :, span], alone.hints(d[None]))
+        assert torch.equal(hints[:, span], alone.hints(d[None], torch.arange(len(d))[None], True))
         first += len(d)
 
 
