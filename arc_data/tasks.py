@@ -195,6 +195,7 @@ class ArcData(NamedTuple):
     questions: list[Task]  # held-out training tasks, one for each test input
     answers: list[Grid]
     pairs: list[str]  # canonical hashes of all pairs of `tasks`
+    focus: list[str]  # names of the tasks that are asked about: held-out ones, or, without any, evaluation tasks
     report: str  # all that in words
 
 
@@ -212,11 +213,12 @@ def load_arc(folder: Path | str, holdout: int, max_grid: int, demonstrations: st
     held = set(by_hash[: min(holdout, len(by_hash) // 4)])
     tasks = [Task(name, [p for p in t["train"] + t["test"] if p[1] is not None])
              for name, t in small.items() if base_task(name) not in held]
-    too_large, learned = len(training) - len(small), "training tasks"
+    too_large, learned, focus = len(training) - len(small), "training tasks", sorted(held)
     if demonstrations == "both":
         tasks += [Task(name, small[name]["train"]) for name in held]
         evaluation = [Task(name, t["train"]) for name, t in read_split(folder, "evaluation").items()]
         tasks += [task for task in evaluation if task.largest() <= max_grid]
+        focus = focus or [task.name for task in evaluation]
         too_large += sum(task.largest() > max_grid for task in evaluation)
         learned += " and the demonstrations, never the answers, of held-out and evaluation tasks"
     tasks.sort(key=lambda task: task.name)
@@ -230,4 +232,4 @@ def load_arc(folder: Path | str, holdout: int, max_grid: int, demonstrations: st
               f"            {len(unseen)} outputs of {len({q.name for q, _ in unseen})} held-out training tasks to "
               f"measure on\n            left out: {too_large} tasks with grids over {max_grid} x {max_grid}, "
               f"{len(asked) - len(unseen)} held-out outputs that equal a pair to learn from")
-    return ArcData(tasks, [q for q, _ in unseen], [answer for _, answer in unseen], pairs, report)
+    return ArcData(tasks, [q for q, _ in unseen], [answer for _, answer in unseen], pairs, focus, report)

@@ -25,6 +25,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import train
+from arc_data.layout import HINTS
 from data.files import UserError, out_of_memory
 from train import GPT, IGNORE_INDEX, PLAIN, ModelConfig, Optimizers, Runtime, TrainConfig
 
@@ -150,7 +151,7 @@ def count_weights(cfg: ModelConfig) -> int:
     blocks = sum(mixer[letter] + 3 * d * cfg.d_ff + 2 * d for letter in cfg.pattern)
     tables = cfg.vocab_size * (1 if cfg.tie_embeddings else 2) if not cfg.grid else (
         train.UNKNOWN_TASK + 1 + cfg.n_tasks + cfg.vocab_size + 32 + 32 + 2 + 4 * d * len(cfg.pattern)
-        + (train.HINTS if cfg.recall else 9 * 11))
+        + (HINTS if cfg.recall else 9 * 11))
     return blocks + d * (tables + 1)
 
 

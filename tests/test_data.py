@@ -273,6 +273,33 @@ def test_next_batches_goes_on_over_the_ends_of_epochs(make):
     assert same(found, expected) and loader.epoch == 2
 
 
+@pytest.mark.parametrize("stop", range(0, 9, 2))
+def test_a_narrowed_loader_is_of_the_tasks_in_focus_from_the_next_epoch_on(stop):
+    """Wherever the run is stopped and goes on; an epoch of 12 tasks has 6 batches, one of the 4 in focus has 2."""
+    tasks = random_tasks(12)
+
+    def make():
+        loader = ArcDataLoader(tasks, 2, ROOMY, task_tokens={t.name: 17 + i for i, t in enumerate(tasks)})
+        loader.focus = {t.name for t in tasks[:4]} | {"not here"}
+        return loader
+
+    loader, batches = make(), []
+    iterator = iter(loader)
+    for step in range(12):
+        if step == stop:
+            state, loader = loader.state_dict(), make()
+            loader.load_state_dict(state)
+            iterator = iter(loader)
+        loader.narrow = step > 2
+        found, iterator = next_batches(loader, iterator)
+        batches.append(found[0][0])
+    alone = make()
+    assert all(torch.equal(x, y) for x, (y, _) in zip(batches[:6], alone, strict=True))
+    assert len({tuple(row) for x in batches[:6] for row in x.tolist()}) == 12
+    known = {row[0] for x in batches[6:] for row in x.tolist()} - {UNKNOWN_TASK}
+    assert known <= {17, 18, 19, 20} and loader.epoch >= 3
+
+
 def test_few_tasks_still_fill_an_effective_batch():
     loader = ArcDataLoader(random_tasks(3), 4, ROOMY, grad_accum_steps=2)
     assert [len(x) for x, _ in loader] == [4, 4]

@@ -10,22 +10,10 @@ from helpers import one_thread, random_grid, sequence  # noqa: F401
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from arc_data.layout import END, HINTS, IN, OUT, ROW, SIGHTS, GridLayout
 from arc_data.tasks import apply_symmetry, canonical_hash, random_colours, read_split
 from extras.views import View
-from train import (
-    END,
-    HINTS,
-    IN,
-    OUT,
-    ROW,
-    SIGHTS,
-    UNKNOWN_TASK,
-    GridLayout,
-    decode_grid,
-    encode_grid,
-    encode_pairs,
-    pair_length,
-)
+from train import UNKNOWN_TASK, decode_grid, encode_grid, encode_pairs, pair_length
 
 
 def make_grid(height, width, seed):

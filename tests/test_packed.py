@@ -10,7 +10,8 @@ from helpers import CPU, one_thread, random_tasks, sequence, tiny_config, tiny_m
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import GPT, IGNORE_INDEX, PLAIN, UNKNOWN_TASK, ArcDataLoader, GridLayout, pick_ops
+from arc_data.layout import GridLayout
+from train import GPT, IGNORE_INDEX, PLAIN, UNKNOWN_TASK, ArcDataLoader, pick_ops
 
 EOT = 60
 FAST = pick_ops(CPU, torch.float32, "auto")

@@ -98,7 +98,7 @@ def assert_equal_runs(one, other):
 @pytest.mark.parametrize(
     "kind, more",
     [
-        ("arc", []),
+        ("arc", ["--focus", "0.5"]),
         ("arc", ["--packed", "--remat", "--dropout", "0.2", "--grad-accum-steps", "2", "--batch-size", "2"]),
         ("fineweb", ["--reset-at-document", "--dropout", "0.2", "--optimizer", "adamw"]),
         ("fineweb", ["--dtype", "float16"]),

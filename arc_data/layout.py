@@ -1,0 +1,157 @@
+"""Where every token of a task stands in its grid, and what can be looked up for the cell that comes next.
+
+Everything is recovered from the tokens alone, looks only back, and is computed for a whole batch at once. An example,
+the second output of a task that mirrors its input, half written (`train.encode_pairs` says how grids become tokens):
+
+    IN 1 2 ROW OUT 2 1 ROW END  IN 5 7 ROW OUT 7 . . .
+                                               ^ row 0, column 1, grid 3, an output; its source is the grid 5 7
+
+To predict the token behind that 7, the model sees the cells 5, 7 and "none" of the source in the same place and around
+it, 5 in the mirrored place, and the 7 to the left. In the first output the cell in the mirrored place came next, so, up
+to a change of colours, the mirrored cell is recalled: 5.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROW, IN, OUT, END = 10, 11, 12, 13  # tokens; 0-9 are the colours
+SIGHTS = tuple(map(list, (  # columns of `GridLayout.cells` that are looked for together
+    range(9), [4], [1, 3, 4, 5, 7], [4, *range(9, 14)], [4, *range(16, 20)],  # of the input
+    range(20, 25), [4, *range(20, 25)], [*range(9), *range(20, 25)], [3, 4, 5, 24], [1, 4, 7, 21])))  # and the output
+HINTS = 15 * (25 + 4 * len(SIGHTS) + 2)  # one-hot cells and recalled tokens, and two votes
+
+
+class GridLayout(NamedTuple):
+    """Where each token stands in its grid, recovered from the tokens alone; every field is (B, T) int64.
+
+    The tokens of the grid IN a b ROW c d ROW have columns 0 1 2 0 1 2 0 and rows 0 0 0 1 1 1 2: a ROW counts as column
+    0 of the row that it begins. So the next cell always stands one column to the right of the token that predicts it.
+    """
+
+    col: Tensor
+    row: Tensor
+    grid: Tensor  # -1 before the first grid, 0 in it, 1 in the next; an output's is its input's plus one
+    output: Tensor  # 1 in an output, 0 elsewhere
+    source: Tensor  # index of the mark (IN or OUT) of the grid before this one; -1: there is none
+    source_rows: Tensor  # the number of rows of that grid
+    source_stride: Tensor  # its tokens per row, width + 1; right if it is an input, because an output ends with END
+    start: Tensor  # index of the mark of this grid; -1: none is open
+    stride: Tensor  # its tokens per row, which are known from its second row on
+    begin: Tensor  # index of the first token of the document
+
+    @staticmethod
+    def of(tokens: Tensor, documents: Tensor | None = None) -> GridLayout:
+        """The layout of whole sequences, tokens (B, T); each of the `documents` (B, T) starts anew."""
+        index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        first = index == 0 if documents is None else F.pad(documents.diff(dim=1), (1, 0), value=1) > 0
+        mark, end = (tokens == IN) | (tokens == OUT), tokens == ROW
+
+        def latest(where: Tensor) -> Tensor:
+            """For each position, the index of the last one up to it where `where` is true."""
+            return torch.where(where, index, 0).cummax(1).values
+
+        begin = latest(first)  # where the document of each token begins
+        opened = latest(mark | first)  # the mark of its grid, or the document's beginning if no grid is open yet
+        marks, ends = mark.cumsum(1), end.cumsum(1)
+        grid = marks - (marks - mark.long()).gather(1, begin) - 1  # marks of earlier documents do not count
+        row = ends - ends.gather(1, opened)
+        col = index - latest(mark | end | first)
+        output = (tokens.gather(1, opened) == OUT).long()
+        start = opened.masked_fill(~mark.gather(1, opened), -1)  # the mark of this grid
+        source = start.gather(1, (opened - 1).clamp(min=0)).masked_fill(opened == begin, -1)
+        rows = ends.gather(1, opened) - ends.gather(1, source.clamp(min=0))
+        stride = torch.where(row > 0, (index - col - opened) // row.clamp(min=1), 99)
+        source_stride = (opened - source - 1) // rows.clamp(min=1)
+        return GridLayout(col, row, grid, output, source, rows, source_stride, start, stride, begin)
+
+    def cells(self, tokens: Tensor) -> Tensor:
+        """Colours of the cells that the next cell of an output is most likely to depend on, (25, B, T).
+
+        Of the input: the 3 x 3 around its place, then where the 7 other symmetries of the square put it, then what it
+        would repeat if the output tiled the input or enlarged it. Of the output: three above, two to the left. 10 means
+        that there is no such cell, or no output here. `tokens` (B, T) are those of this layout.
+        """
+        r, c, h, w = self.row, self.col, self.source_rows.clamp(min=1), (self.source_stride - 1).clamp(min=1)
+        around = [(r + i, c + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+        turned = [(h - 1 - r, c), (r, w - 1 - c), (h - 1 - r, w - 1 - c), (c, r), (w - 1 - c, h - 1 - r),
+                  (h - 1 - c, r), (c, w - 1 - r)]
+        tiled = [(r % h, c % w), (r // h, c // w), (r // 2, c // 2), (r // 3, c // 3)]
+        written = [(r - 1, c - 1), (r - 1, c), (r - 1, c + 1), (r, c - 2), (r, c - 1)]
+
+        def look(places: list, start: Tensor, height: Tensor, stride: Tensor) -> Tensor:
+            row, col = (torch.stack(v) for v in zip(*places, strict=True))
+            inside = (row >= 0) & (row < height) & (col >= 0) & (col < stride - 1)
+            inside &= (self.output == 1) & (self.source >= 0)
+            index = (start + 1 + row * stride + col).clamp(0, tokens.shape[1] - 1)
+            found = tokens.expand_as(index).gather(2, index)
+            return torch.where(inside, found, 10).clamp(max=10)  # a grid that a model wrote may hold other tokens
+
+        return torch.cat([look(around + turned + tiled, self.source, self.source_rows, self.source_stride),
+                          look(written, self.start, r + 1, self.stride)])
+
+    def recalled(self, tokens: Tensor, cells: Tensor) -> Tensor:
+        """What outputs of this task went on with where they looked like here, (4 * len(SIGHTS), B, T); 14 is nothing.
+
+        First the token after the last position with the same `cells` (25, B, T), for each of SIGHTS, columns of these;
+        then after the last one with the same cells up to a change of colours, with the token's colour changed alike;
+        then both for the last but one. Attention can learn such a lookup (induction heads, Olsson et al. 2022,
+        arXiv:2209.11895), but takes far more steps.
+        """
+        index, after = torch.arange(tokens.shape[1], device=tokens.device), F.pad(tokens[:, 1:], (0, 1)).clamp(max=14)
+        row = (torch.arange(len(tokens), device=tokens.device) * tokens.shape[1])[:, None]
+        bits, colours = 2 ** torch.arange(len(cells), device=tokens.device), index.new_tensor(range(11))[:, None, None]
+        has = torch.zeros_like(cells[:11]).scatter_add_(0, cells, bits[:, None, None].expand_as(cells))  # by colour
+        has = torch.stack([has & sum(1 << i for i in sight) for sight in SIGHTS])  # (S, 11, B, T): sets of columns
+        keys = []
+        for sight in SIGHTS:
+            keys.append(self.begin)  # so that nothing is recalled from another document
+            for i in sight:
+                keys[-1] = keys[-1] * 1000003 + cells[i]
+        mixed = has * -7046029254386353131  # a hash of each set (splitmix64's constants), added up over the colours:
+        mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687  # equal however they are named, but for black and "none"
+        alike = mixed[:, 1:10].sum(1) + mixed[:, 0] * 1000003 + mixed[:, 10] * 998244353
+        keys = torch.cat([torch.stack(keys), alike + self.begin * 7368787]) & (2**62 - 1)
+        keys, order = torch.where(self.output == 1, keys, -1 - index).sort(dim=2, stable=True)  # equal in outputs only
+        found = []
+        for back in (1, 2):
+            place = torch.where(keys[..., back:] == keys[..., :-back], order[..., :-back], -1)
+            place = torch.full_like(keys, -1).scatter(2, order[..., back:], place)
+            said = after.expand_as(place).gather(2, place.clamp(min=0))
+            exact, other = said.chunk(2)
+            there = other.clamp(max=10) * has[0, 0].numel() + place[len(has) :].clamp(min=0) + row
+            there = has.flatten(1).gather(1, there.flatten(1)).view_as(other)  # columns with the token's colour there
+            ours = torch.where(has == there[:, None], colours, -1).amax(1)  # the colour that has them here
+            other = torch.where((there > 0) & (other < 11), ours, other)
+            found.append(torch.where(place < 0, 14, torch.cat([exact, other])))
+        return torch.cat(found)
+
+    def votes(self, tokens: Tensor, said: Tensor) -> Tensor:
+        """All that is `recalled` (K, B, T) together: shares of the 14 tokens, (2 * 15, B, T), the 15th without meaning.
+
+        What a sight says weighs as much as it was right so far in this task: by log-odds, then by their fourth power.
+        """
+        counts = (said < 14) & (self.output == 1)
+        right = counts & (said == F.pad(tokens[:, 1:], (0, 1)))
+        total, good = (v.float().cumsum(2) - v.float() for v in (counts, right))  # up to the position before
+        total, good = (v - v.gather(2, self.begin.expand_as(v)) for v in (total, good))  # of this document
+        odds = ((good + 0.4) / (total - good + 0.4)).log().clamp(min=0) * counts
+        score = [torch.zeros(15, *tokens.shape, device=tokens.device).scatter_add_(0, said, w) for w in (odds, odds**4)]
+        return torch.cat([v / v.sum(0).clamp(min=1e-6) for v in score])
+
+    def hints(self, tokens: Tensor, at: Tensor, recall: bool) -> Tensor:
+        """All of this at the positions `at` (B, W), one-hot, and the votes: (B, W, HINTS). Without `recall` the cells
+        around the next one alone, (B, W, 99), as runs of earlier versions have it."""
+        cells = self.cells(tokens)
+        seen, votes, kinds = cells[:9], cells.new_zeros(0, *tokens.shape), 11
+        if recall:
+            said, kinds = self.recalled(tokens, cells), 15
+            seen, votes = torch.cat([cells, said]), self.votes(tokens, said)
+        seen, votes = (v.gather(2, at.expand(len(v), -1, -1)).movedim(0, 2) for v in (seen, votes))
+        where = seen + kinds * torch.arange(seen.shape[2], device=at.device)
+        one_hot = torch.zeros(*at.shape, kinds * seen.shape[2], device=at.device).scatter_(2, where, 1.0)
+        return torch.cat([one_hot, votes], dim=2)
