@@ -20,9 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROW, IN, OUT, END = 10, 11, 12, 13  # tokens; 0-9 are the colours
-SIGHTS = tuple(map(list, (  # columns of `GridLayout.cells` that are looked for together
-    range(9), [4], [1, 3, 4, 5, 7], [4, *range(9, 14)], [4, *range(16, 20)],  # of the input
-    range(20, 25), [4, *range(20, 25)], [*range(9), *range(20, 25)], [3, 4, 5, 24], [1, 4, 7, 21])))  # and the output
+SIGHTS = [  # columns of `GridLayout.cells` that are looked for together
+    [*range(9)],  # the 3 x 3 around the place
+    [4],  # the place itself
+    [1, 3, 4, 5, 7],  # with its four neighbours
+    [4, *range(9, 14)],  # with where it is mirrored
+    [4, *range(16, 20)],  # with where it is tiled and enlarged
+    [*range(20, 25)],  # what is written before it
+    [4, *range(20, 25)],  # that and the place
+    [*range(9), *range(20, 25)],  # that and the 3 x 3
+    [3, 4, 5, 24],  # along the row
+    [1, 4, 7, 21],  # along the column
+]
 HINTS = 15 * (25 + 4 * len(SIGHTS) + 2)  # one-hot cells and recalled tokens, and two votes
 
 
@@ -107,7 +116,7 @@ class GridLayout(NamedTuple):
         bits, colours = 2 ** torch.arange(len(cells), device=tokens.device), index.new_tensor(range(11))[:, None, None]
         has = torch.zeros_like(cells[:11]).scatter_add_(0, cells, bits[:, None, None].expand_as(cells))  # by colour
         has = torch.stack([has & sum(1 << i for i in sight) for sight in SIGHTS])  # (S, 11, B, T): sets of columns
-        keys = []
+        keys = []  # one number for all that is seen: where it is the same, the position looks the same
         for sight in SIGHTS:
             keys.append(self.begin)  # so that nothing is recalled from another document
             for i in sight:
@@ -118,7 +127,7 @@ class GridLayout(NamedTuple):
         keys = torch.cat([torch.stack(keys), alike + self.begin * 7368787]) & (2**62 - 1)
         keys, order = torch.where(self.output == 1, keys, -1 - index).sort(dim=2, stable=True)  # equal in outputs only
         found = []
-        for back in (1, 2):
+        for back in (1, 2):  # equal keys stand side by side now, in the order of their positions
             place = torch.where(keys[..., back:] == keys[..., :-back], order[..., :-back], -1)
             place = torch.full_like(keys, -1).scatter(2, order[..., back:], place)
             said = after.expand_as(place).gather(2, place.clamp(min=0))

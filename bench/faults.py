@@ -328,6 +328,8 @@ def disk(place: Path, data: dict, rng: random.Random, found: Findings, times: in
     first = Child([*flags, "--out-dir", half], place, watched(1.0))
     await_lines(half, 4)
     first.kill()
+    for left in half.glob(".*tmp"):  # of the kill, not of a full disk
+        left.unlink()
     least = (half / "supervised_pairs.json").stat().st_size
     for i in range(times):
         folder, limit = place / f"full {i}", round(least + (size - least) * i / times)
