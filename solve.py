@@ -40,12 +40,12 @@ import torch
 import train
 from arc_data import tasks as files
 from arc_data.tasks import Task, canonical_hash, read_grid
-from data.files import UserError, from_here, out_of_memory, read_json, reason, run_script, write_json
+from data.files import UserError, digest, from_here, out_of_memory, read_json, reason, run_script, write_json
 from data.flags import Parser, flag, option
 from extras.decode import answer_logprobs
 from extras.runs import AnswerLog, hold, load_config, load_model, save_checkpoint
 from extras.views import Candidate, Question, Shown, answer_in_views, answer_limit, extent, two_attempts
-from train import END, GPT, ArcDataLoader, Grid, Runtime, digest, encode_grid
+from train import END, GPT, ArcDataLoader, Grid, Runtime, encode_grid
 
 KEPT = 5  # candidates of an output that are written down; two of them are attempts
 
@@ -212,7 +212,7 @@ def adapt(model: GPT, questions: list[Question], run: Run, runtime: Runtime, ste
         batches, iterator = train.next_batches(loader, iterator)
         rate = lr * train.schedule(step / steps, cfg.warmup_frac, cfg.decay_frac)
         loss, norm = train.optimizer_step(model, optimizers, batches, rate, cfg, runtime)
-        if not math.isfinite(loss + norm):
+        if not math.isfinite(loss if runtime.scaler.is_enabled() else loss + norm):  # float16 may overflow, and goes on
             raise UserError(f"test-time training, step {step}: the loss is {loss}, the gradient norm {norm}; lower "
                             "--ttt-lr")
         losses.append(loss)

@@ -1188,8 +1188,10 @@ def finish(folder: Path, data: Data, found: dict[str, Any], step: int, minutes: 
         print(f"{name + ':':<18}{value:.4f}" if isinstance(value, float) else f"{name + ':':<18}{value!r}")
     if "solve_rate" in found:
         count, first = len(data.answers), round(found["solve_rate"] * len(data.answers))
-        both = round(found.get("pass@2", found["solve_rate"]) * count)  # the plain evaluation makes one attempt
-        print(f"{'solved:':<18}{both} of {count} held-out test outputs, in two attempts (first try: {first})")
+        text = f"{first} of {count} held-out test outputs, first try"
+        if "pass@2" in found:
+            text += f"; {round(found['pass@2'] * count)} in two attempts"
+        print(f"{'solved:':<18}{text}")
     if data.train.dropped:
         print(f"{'left out:':<18}{data.train.dropped} demonstrations, in sequences longer than --block-size")
     try:

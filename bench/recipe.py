@@ -72,7 +72,7 @@ class Variant(NamedTuple):
 
 # What has been decided is no variant any more: bench/LOG.md keeps its numbers.
 VARIANTS = {
-    "base": Variant("the default recipe: MAMA, task token with scale and shift, grid positions and neighbourhood, "
+    "base": Variant("the default recipe: MAMA, task token with scale and shift, grid positions, hints, focus, "
                     "NorMuon, every output"),
     "aaaa": Variant("attention only; d_ff for equal parameters", "--pattern AAAA --d-ff 400"),
     "mmmm": Variant("Mamba-2 only; d_ff for equal parameters", "--pattern MMMM --d-ff 288"),

@@ -34,6 +34,7 @@ from arc_data.tasks import (
     read_grid,
     read_split,
 )
+from data.files import UserError
 from extras.decode import answer_prompts
 from extras.runs import hold, load_model
 from extras.views import Question, make_view, two_attempts, view_prompt, vote
@@ -628,6 +629,19 @@ def test_test_time_training_sees_demonstrations_only(packed, data, trained, monk
         assert task.name == q.name and q.name not in folder.task_tokens
         listed = load(data / "evaluation" / f"{q.name}.json")["train"]
         assert same_pairs(task.pairs, [(np.array(p["input"]), np.array(p["output"])) for p in listed])
+
+
+def test_an_overflow_of_float16_does_not_end_test_time_training(data, trained, monkeypatch, capsys):
+    """The step is skipped and the loss's scale halved; in float32 a gradient that is not finite is an error."""
+    questions, _ = solve.read_questions(data, "evaluation", [])
+    folder, where = solve.read_run(trained), runtime()
+    model, _ = load_model(trained, folder.model_cfg)
+    where.dtype, where.scaler = torch.float16, torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    solve.adapt(model, questions, folder, where, 2, 0.001, 0)
+    assert where.scaler.get_scale() == 2.0**38 and "trained     2 steps" in capsys.readouterr().out
+    monkeypatch.setattr(train, "optimizer_step", lambda *args: (1.0, float("inf")))
+    with pytest.raises(UserError, match="step 0: .*gradient norm inf; lower --ttt-lr"):
+        solve.adapt(model, questions, folder, runtime(), 2, 0.001, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
