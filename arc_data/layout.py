@@ -104,7 +104,7 @@ class GridLayout(NamedTuple):
                           look(written, self.start, r + 1, self.stride)])
 
     def recalled(self, tokens: Tensor, cells: Tensor) -> Tensor:
-        """What outputs of this task went on with where they looked like here, (4 * len(SIGHTS), B, T); 14 is nothing.
+        """Which token came next where earlier outputs of this task looked like here, (4 * len(SIGHTS), B, T); 14: none.
 
         First the token after the last position with the same `cells` (25, B, T), for each of SIGHTS, columns of these;
         then after the last one with the same cells up to a change of colours, with the token's colour changed alike;
