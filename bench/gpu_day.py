@@ -2,7 +2,9 @@
 
     python bench/gpu_day.py parity results.jsonl
     python bench/gpu_day.py small 16 results.jsonl        # train.py's model, or "gpt2", "hf-gpt2", "hf-granite"
+    python bench/gpu_day.py gpt2 2 8 32 results.jsonl     # one batch size after another
     python bench/gpu_day.py small 16                      # two steps and no result: compiles what is needed
+    python bench/gpu_day.py profile small 16              # a step by kernels and by operators
 
 SMOKE=1: nano sizes, on whatever device there is. Tokens are random; those of ARC are tasks, packed into rows.
 """
@@ -29,10 +31,9 @@ PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4
 
 
 def setup(dataset: str, preset: str) -> tuple[train.ModelConfig, train.TrainConfig, train.Runtime]:
-    """A preset, and the kernels, as training would have them."""
-    cuda = torch.cuda.is_available()
-    given = dict(dataset=dataset, preset="nano" if SMOKE else preset, kernels="triton" if cuda else "auto")
-    model_cfg, cfg = train.make_config(given, cuda)
+    """A preset, and kernels, as training would have them."""
+    given = dict(dataset=dataset, preset="nano" if SMOKE else preset)
+    model_cfg, cfg = train.make_config(given, torch.cuda.is_available())
     if dataset == "arc":
         model_cfg.n_tasks, model_cfg.document_token = 800, train.UNKNOWN_TASK
     return model_cfg, cfg, train.Runtime.start(cfg)
@@ -67,7 +68,7 @@ def parity() -> dict:
         found.append((loss.item(), torch.cat([p.grad.flatten().cpu() for p in model.parameters()])))
     (loss, gradient), (ours, our_gradient) = found
     errors = abs(ours / loss - 1), ((our_gradient - gradient).norm() / gradient.norm()).item()
-    return dict(kernels=runtime.ops.name, loss=loss, loss_error=errors[0], gradient_error=errors[1],
+    return dict(loss=loss, loss_error=errors[0], gradient_error=errors[1],
                 ok=errors[0] < 1e-3 and errors[1] < 0.03)
 
 
@@ -97,12 +98,11 @@ def stepper(name: str, b: int) -> tuple[nn.Module, Callable[[], None], int, trai
     else:
         x = torch.randint(0, model_cfg.vocab_size, (b, t), generator=torch.Generator().manual_seed(0))
         y = x.roll(-1, 1)
-    x, y = x.to(runtime.device), y.to(runtime.device)
     if not name.startswith("hf-"):
         model = train.build_model(model_cfg, cfg, runtime)
         given = train.Optimizers(model, cfg), [(x, y)], 1e-3, cfg, runtime
         return model, functools.partial(train.optimizer_step, model, *given), x.numel(), model_cfg
-    model = theirs(name, model_cfg).to(runtime.device)
+    model, x = theirs(name, model_cfg).to(runtime.device), x.to(runtime.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -116,22 +116,30 @@ def stepper(name: str, b: int) -> tuple[nn.Module, Callable[[], None], int, trai
     return model, step, x.numel(), model_cfg
 
 
-def speed(name: str, b: int, warm_up: bool) -> dict:
+def warmed_up(name: str, b: int, steps: int) -> tuple[nn.Module, Callable[[], None], int, train.ModelConfig]:
+    """The same as `stepper`, after some steps."""
+    made = stepper(name, b)
+    for _ in range(steps):
+        made[1]()
+    return made
+
+
+def speed(name: str, b: int) -> dict:
     """Tokens per second and peak memory of training steps.
 
     MFU counts products with parameters, but not what is looked up, and in text causal attention.
     """
-    model, step, tokens, cfg = stepper(name, b)
-    for _ in range(2 if warm_up else 4):
-        step()
-    if warm_up:
-        return {}
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    model, step, tokens, cfg = warmed_up(name, b, 4)
     times, began = [], time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - began < (1 if SMOKE else 6):
+    while len(times) < 5 or time.perf_counter() - began < (1 if SMOKE else 4):
         start = time.perf_counter()
         step()  # ends by reading the loss, so the device is done
         times.append(time.perf_counter() - start)
-    rate, cuda = tokens / float(np.median(times)), torch.cuda.is_available()
+    rate = tokens / float(np.median(times))
     inner = sum(p.numel() for name, m in model.named_modules() for p in m.parameters(recurse=False)
                 if not isinstance(m, nn.Embedding) and name not in ("embed_near", "film"))
     layers = len(cfg.pattern) if name == "hf-gpt2" else cfg.pattern.count("A")
@@ -141,18 +149,38 @@ def speed(name: str, b: int, warm_up: bool) -> dict:
                 mfu=peak and flops * rate / peak, peak_gb=torch.cuda.max_memory_allocated() / 1e9 if cuda else None)
 
 
+def profile(name: str, b: int) -> None:
+    """Print where three steps spend their time: kernels, and operators of the host."""
+    step = warmed_up(name, b, 4)[1]
+    with torch.profiler.profile() as found:
+        for _ in range(3):
+            step()
+    for key in ("self_device_time_total", "device_time_total", "self_cpu_time_total"):
+        print(found.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=90))
+
+
 def main(name: str, *more: str) -> int:
     """0, or 1 where parity does not hold."""
-    out = more[-1] if more and not more[-1].isdigit() else None
-    result = parity() if name == "parity" else speed(name, int(more[0]), warm_up=out is None)
-    where = dict(device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", torch=torch.__version__,
+    out = more[-1] if more and more[-1].endswith(".jsonl") else None
+    if name == "profile":
+        profile(more[0], int(more[1]))
+        return 0
+    sizes = [int(word) for word in more[: len(more) - (out is not None)]]
+    if out is None and sizes:
+        for b in sizes:
+            warmed_up(name, b, 2)
+        return 0
+    where = dict(kernels=setup("fineweb", "nano")[2].ops.name, device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", torch=torch.__version__,
                  commit=os.environ.get("GIT_COMMIT"))
-    line = json.dumps(dict(name=name, **result, **where))
-    print(line)
-    if out:
-        with open(out, "a", encoding="utf-8") as file:
-            print(line, file=file)
-    return 0 if result.get("ok", True) else 1
+    good = True
+    for result in [parity()] if name == "parity" else (speed(name, b) for b in sizes):
+        line = json.dumps(dict(name=name, **result, **where))
+        print(line, flush=True)
+        good = good and result.get("ok", True)
+        if out:
+            with open(out, "a", encoding="utf-8") as file:
+                print(line, file=file)
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

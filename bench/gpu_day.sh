@@ -2,18 +2,18 @@
 # What a GPU is asked first, in ten minutes: do the kernels give the right numbers, how fast and in how much memory do the
 # models train, beside those of transformers, and what do two minutes of ARC and its answers look like.
 #
-#   bench/gpu_day.sh [FOLDER]             # results in FOLDER ($OUT, or else bench/results/<date>-gpu) and FOLDER/day.tar.gz
+#   bench/gpu_day.sh [FOLDER]             # results in FOLDER (bench/results/<date>-gpu) and FOLDER/day.tar.gz
 #   SMOKE=1 bench/gpu_day.sh /tmp/day     # the same at toy size on a CPU, in two minutes
 #   bench/gpu_day.sh --smoke [FOLDER]     # also so
 #
 # In order of worth, because time may run out: every piece has a limit, one that fails stops nothing, and what is known is
 # in results.jsonl at once. First everything is compiled, side by side, with the very shapes that are measured. Needs no
 # network once arc_data/arcagi is there; transformers is needed for its two models only. GIT_COMMIT names the commit where
-# there is no git, PYTHON the interpreter, SECONDS_IN_ALL the time there is (570).
+# there is no git, PYTHON the interpreter, SECONDS_IN_ALL the time there is (570), MINUTES those of training on ARC (2).
 # Exit status: 0 all pieces did well, 1 some did not (pieces.tsv says which).
 set -uo pipefail
 if [ "${1:-}" = --smoke ]; then export SMOKE=1 && shift; fi
-out=$(realpath -m -- "${1:-${OUT:-bench/results/$(date +%F)-gpu}}")
+out=$(realpath -m -- "${1:-bench/results/$(date +%F)-gpu}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 python=${PYTHON:-python3} smoke=${SMOKE:-} failed=0 patience=1 work=$(mktemp -d)
 if [ -n "$smoke" ]; then patience=4; fi  # a CPU may be busy
@@ -27,7 +27,7 @@ mkdir -p "$out" && : >"$out/pieces.tsv" && : >"$out/results.jsonl" || exit 1
 pack() {
     find "$work/arc" -type f -size -2000k -exec cp -t "$out" {} + 2>/dev/null
     tar -C "$out" --exclude=day.tar.gz -czf "$work/day.tar.gz" . && mv "$work/day.tar.gz" "$out" && rm -r "$work"
-    echo "gpu_day.sh: $out/day.tar.gz, $(du -k "$out/day.tar.gz" | cut -f1) kB (16384 may leave a borrowed machine)"
+    echo "gpu_day.sh: $out/day.tar.gz, $(du -k "$out/day.tar.gz" | cut -f1) kB"
 }
 trap pack EXIT
 trap 'exit 143' INT TERM HUP
@@ -46,14 +46,14 @@ piece() {
 }
 
 day=("$python" bench/gpu_day.py)
-sizes=(2 8 16 32) packed=16 minutes=2 batch=16 flags=() questions=100
-if [ -n "$smoke" ]; then sizes=(1 2) packed=2 minutes=0.2 batch=4 flags=(--preset nano --max-grid 4) questions=3; fi
+sizes=(32 16 8 2) packed=16 minutes=${MINUTES:-2} batch=16 flags=() questions=100
+if [ -n "$smoke" ]; then sizes=(2 1 1) packed=2 minutes=0.2 batch=4 flags=(--preset nano --max-grid 4) questions=3; fi
 
 # Which configuration is fastest is not kept from these, because they disturb each other: each piece tries that anew.
 warm=()
-for shape in "small $packed" "gpt2 ${sizes[-1]}" "gpt2 ${sizes[0]}" "hf-granite 8"; do
+for shape in "small $packed" "gpt2 ${sizes[0]}" "hf-granite ${sizes[2]}"; do
     read -ra words <<<"$shape"
-    timeout --kill-after=5 150 "${day[@]}" "${words[@]}" >"$out/warm-${words[0]}-${words[1]}.log" 2>&1 </dev/null &
+    timeout --kill-after=5 150 "${day[@]}" "${words[@]}" >"$out/warm-${words[0]}.log" 2>&1 </dev/null &
     warm+=($!)
     [ -z "$smoke" ] || break  # a CPU compiles nothing
 done
@@ -63,13 +63,12 @@ echo "gpu_day.sh: warm after $SECONDS s"
 export TRITON_CACHE_AUTOTUNING=1
 
 piece small 60 "${day[@]}" small "$packed" "$out/results.jsonl"
-for size in "${sizes[@]}"; do
-    piece "gpt2-$size" 45 "${day[@]}" gpt2 "$size" "$out/results.jsonl"
-done
+piece profile 60 "${day[@]}" profile small "$packed"
 piece arc 175 "$python" train.py --dataset arc --batch-size "$batch" --max-minutes "$minutes" --out-dir "$work/arc" \
     --eval-every 0 --save-every 0 "${flags[@]}"
 mapfile -t tasks < <(find arc_data/arcagi/evaluation -name '*.json' -exec basename {} .json \; | sort | head -n "$questions")
 piece answers 75 "$python" solve.py "$work/arc" --views 4 --tasks "${tasks[@]}"
-piece hf-gpt2 45 "${day[@]}" hf-gpt2 "${sizes[-1]}" "$out/results.jsonl"
-piece hf-granite 60 "${day[@]}" hf-granite "${sizes[1]}" "$out/results.jsonl"
+piece gpt2 90 "${day[@]}" gpt2 "${sizes[@]}" "$out/results.jsonl"
+piece hf-gpt2 45 "${day[@]}" hf-gpt2 "${sizes[0]}" "$out/results.jsonl"
+piece hf-granite 60 "${day[@]}" hf-granite "${sizes[2]}" "$out/results.jsonl"
 exit $failed

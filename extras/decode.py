@@ -237,7 +237,7 @@ def generate(model: GPT, tokens: Tensor, lengths: Tensor, max_new_tokens: int, s
 
 MARGIN = 8  # tokens that a draft has at least
 REACH = 32  # tokens of a draft that a pass takes at least, and four more for each one that the pass before confirmed
-PASS = 200  # tokens that take as long as what a pass costs whatever its size
+PASS = {"cpu": 200, "cuda": 1 << 14}  # tokens that take as long as what a pass costs whatever its size
 
 
 def padded(rows: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -314,7 +314,7 @@ class Drafts:
         size, order = torch.minimum(self.end - self.carried.fed, self.reach + 1)[slots].sort(descending=True)
         slots, size = slots[order], size.tolist()
         cost = [i * size[0] + (len(size) - i) * size[i] for i in range(1, len(size))]
-        if not cost or min(cost) + PASS >= len(size) * size[0]:
+        if not cost or min(cost) + PASS.get(slots.device.type, 200) >= len(size) * size[0]:
             return [slots]
         cut = cost.index(min(cost)) + 1
         return [*self.parts(slots[:cut]), *self.parts(slots[cut:])]
