@@ -3,19 +3,18 @@
     python bench/gpu_day.py parity results.jsonl
     python bench/gpu_day.py small 16 results.jsonl        # train.py's model, or "gpt2", "hf-gpt2", "hf-granite"
     python bench/gpu_day.py gpt2 2 8 32 results.jsonl     # one batch size after another
-    python bench/gpu_day.py small 16                      # two steps and no result: compiles what is needed
-    python bench/gpu_day.py profile small 16              # a step by kernels and by operators
 
 SMOKE=1: nano sizes, on whatever device there is. Tokens are random; those of ARC are tasks, packed into rows.
 """
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -116,15 +115,7 @@ def stepper(name: str, b: int) -> tuple[nn.Module, Callable[[], None], int, trai
     return model, step, x.numel(), model_cfg
 
 
-def warmed_up(name: str, b: int, steps: int) -> tuple[nn.Module, Callable[[], None], int, train.ModelConfig]:
-    """The same as `stepper`, after some steps."""
-    made = stepper(name, b)
-    for _ in range(steps):
-        made[1]()
-    return made
-
-
-def speed(name: str, b: int) -> dict:
+def speed(name: str, b: int) -> Iterator[dict]:
     """Tokens per second and peak memory of training steps.
 
     MFU counts products with parameters, but not what is looked up, and in text causal attention.
@@ -133,7 +124,9 @@ def speed(name: str, b: int) -> dict:
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    model, step, tokens, cfg = warmed_up(name, b, 4)
+    model, step, tokens, cfg = stepper(name, b)
+    for _ in range(4):
+        step()
     times, began = [], time.perf_counter()
     while len(times) < 5 or time.perf_counter() - began < (1 if SMOKE else 4):
         start = time.perf_counter()
@@ -145,13 +138,14 @@ def speed(name: str, b: int) -> dict:
     layers = len(cfg.pattern) if name == "hf-gpt2" else cfg.pattern.count("A")
     flops = 6 * inner + (0 if cfg.grid else 6 * layers * cfg.d_model * cfg.block_size)  # attention: causal, so half
     peak = next((v for k, v in PEAK.items() if cuda and k in torch.cuda.get_device_name()), None)
-    return dict(batch=b, tokens_per_second=round(rate), steps=len(times), parameters=inner,
-                mfu=peak and flops * rate / peak, peak_gb=torch.cuda.max_memory_allocated() / 1e9 if cuda else None)
+    yield dict(batch=b, tokens_per_second=round(rate), steps=len(times), parameters=inner,
+               mfu=peak and flops * rate / peak, peak_gb=torch.cuda.max_memory_allocated() / 1e9 if cuda else None)
+    if name == "small":
+        show_profile(step)
 
 
-def profile(name: str, b: int) -> None:
+def show_profile(step: Callable[[], None]) -> None:
     """Print where three steps spend their time: kernels, and operators of the host."""
-    step = warmed_up(name, b, 4)[1]
     with torch.profiler.profile() as found:
         for _ in range(3):
             step()
@@ -161,25 +155,18 @@ def profile(name: str, b: int) -> None:
 
 def main(name: str, *more: str) -> int:
     """0, or 1 where parity does not hold."""
-    out = more[-1] if more and more[-1].endswith(".jsonl") else None
-    if name == "profile":
-        profile(more[0], int(more[1]))
-        return 0
-    sizes = [int(word) for word in more[: len(more) - (out is not None)]]
-    if out is None and sizes:
-        for b in sizes:
-            warmed_up(name, b, 2)
-        return 0
-    where = dict(kernels=setup("fineweb", "nano")[2].ops.name, device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", torch=torch.__version__,
+    *sizes, out = more
+    cuda = torch.cuda.is_available()
+    where = dict(kernels=train.pick_ops(torch.device("cuda" if cuda else "cpu"), torch.float32, "auto").name,
+                 device=torch.cuda.get_device_name() if cuda else "cpu", torch=torch.__version__,
                  commit=os.environ.get("GIT_COMMIT"))
     good = True
-    for result in [parity()] if name == "parity" else (speed(name, b) for b in sizes):
+    for result in [parity()] if name == "parity" else itertools.chain(*(speed(name, int(b)) for b in sizes)):
         line = json.dumps(dict(name=name, **result, **where))
         print(line, flush=True)
         good = good and result.get("ok", True)
-        if out:
-            with open(out, "a", encoding="utf-8") as file:
-                print(line, file=file)
+        with open(out, "a", encoding="utf-8") as file:
+            print(line, file=file)
     return 0 if good else 1
 
 

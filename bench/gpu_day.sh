@@ -7,9 +7,10 @@
 #   bench/gpu_day.sh --smoke [FOLDER]     # also so
 #
 # In order of worth, because time may run out: every piece has a limit, one that fails stops nothing, and what is known is
-# in results.jsonl at once. First everything is compiled, side by side, with the very shapes that are measured. Needs no
-# network once arc_data/arcagi is there; transformers is needed for its two models only. GIT_COMMIT names the commit where
-# there is no git, PYTHON the interpreter, SECONDS_IN_ALL the time there is (570), MINUTES those of training on ARC (2).
+# in results.jsonl at once; small.log has a step by kernels, too. Each piece compiles what it needs before it measures.
+# Needs no network once arc_data/arcagi is there; transformers is needed for its two models only. GIT_COMMIT names the
+# commit where there is no git, PYTHON the interpreter, SECONDS_IN_ALL the time there is (570), MINUTES those of training
+# on ARC (2).
 # Exit status: 0 all pieces did well, 1 some did not (pieces.tsv says which).
 set -uo pipefail
 if [ "${1:-}" = --smoke ]; then export SMOKE=1 && shift; fi
@@ -49,21 +50,8 @@ day=("$python" bench/gpu_day.py)
 sizes=(32 16 8 2) packed=16 minutes=${MINUTES:-2} batch=16 flags=() questions=100
 if [ -n "$smoke" ]; then sizes=(2 1 1) packed=2 minutes=0.2 batch=4 flags=(--preset nano --max-grid 4) questions=3; fi
 
-# Which configuration is fastest is not kept from these, because they disturb each other: each piece tries that anew.
-warm=()
-for shape in "small $packed" "gpt2 ${sizes[0]}" "hf-granite ${sizes[2]}"; do
-    read -ra words <<<"$shape"
-    timeout --kill-after=5 150 "${day[@]}" "${words[@]}" >"$out/warm-${words[0]}.log" 2>&1 </dev/null &
-    warm+=($!)
-    [ -z "$smoke" ] || break  # a CPU compiles nothing
-done
-piece parity 150 "${day[@]}" parity "$out/results.jsonl"
-wait "${warm[@]}"
-echo "gpu_day.sh: warm after $SECONDS s"
-export TRITON_CACHE_AUTOTUNING=1
-
-piece small 60 "${day[@]}" small "$packed" "$out/results.jsonl"
-piece profile 60 "${day[@]}" profile small "$packed"
+piece parity 120 "${day[@]}" parity "$out/results.jsonl"
+piece small 90 "${day[@]}" small "$packed" "$out/results.jsonl"
 piece arc 175 "$python" train.py --dataset arc --batch-size "$batch" --max-minutes "$minutes" --out-dir "$work/arc" \
     --eval-every 0 --save-every 0 "${flags[@]}"
 mapfile -t tasks < <(find arc_data/arcagi/evaluation -name '*.json' -exec basename {} .json \; | sort | head -n "$questions")

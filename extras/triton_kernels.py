@@ -5,14 +5,13 @@ in float32. Nothing is added up by atomic operations, so equal inputs give equal
 compile-time constants of the kernels and the number of tokens is not: another batch compiles nothing anew.
 """
 
-import contextlib
 import functools
 import importlib
 import importlib.util
 import math
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -493,11 +492,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 # == SCAN =============================================================================================================
 
 
+TILE = dict(BLOCK_SIZE_M=64, BLOCK_SIZE_N=64, BLOCK_SIZE_K=32, BLOCK_SIZE_CS=32, BLOCK_SIZE_H=16, BLOCK_SIZE=512)
+
+
 @functools.cache
 def load_scan() -> types.ModuleType:
-    """mamba-ssm's `ops.triton.ssd_combined`, without that package's compiled extensions.
+    """mamba-ssm's `ops.triton.ssd_combined`, without that package's compiled extensions, each kernel in one size.
 
-    `import mamba_ssm` would load those, so an empty module with the package's path stands in for it.
+    `import mamba_ssm` would load those, so an empty module with the package's path stands in for it. Upstream tries
+    some hundred sizes of tiles when a run starts, minutes of compiling; for states and heads of 64 channels one near
+    TILE is the fastest of each kernel (measured on an H200, bench/LOG.md).
     """
     if "mamba_ssm" not in sys.modules:
         spec = importlib.util.find_spec("mamba_ssm")
@@ -506,7 +510,13 @@ def load_scan() -> types.ModuleType:
         package = types.ModuleType("mamba_ssm")
         package.__path__, package.__spec__ = list(spec.submodule_search_locations), spec
         sys.modules["mamba_ssm"] = package
-    return importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    for name in [name for name in sys.modules if name.startswith("mamba_ssm.ops.triton.ssd_")]:
+        for f in vars(sys.modules[name]).values():
+            if isinstance(f, triton.runtime.Autotuner):
+                f.configs = [min(f.configs, key=lambda c: sum(abs(math.log2(c.kwargs.get(k, v) / v))
+                                                              for k, v in TILE.items()))]
+    return module
 
 
 def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = None,
@@ -523,22 +533,6 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size:
 
 
 # == TABLE ============================================================================================================
-
-
-@contextlib.contextmanager
-def one_configuration() -> Iterator[None]:
-    """Upstream's kernels in the smallest of their configurations, instead of the fastest: the shapes of a trial are no
-    place to choose those, and every one of about a hundred would be compiled."""
-    tuners = {f for name, module in list(sys.modules.items()) if name.startswith("mamba_ssm.ops.triton")
-              for f in vars(module).values() if isinstance(f, triton.runtime.Autotuner)}
-    kept = {f: f.configs for f in tuners}
-    for f in tuners:
-        f.configs = [min(f.configs, key=lambda c: math.prod(v for v in c.kwargs.values() if v) * c.num_stages)]
-    try:
-        yield
-    finally:
-        for f, configs in kept.items():
-            f.configs = configs
 
 
 def trials(device: torch.device) -> dict[str, Callable[[Callable], tuple[Any, ...]]]:
@@ -591,10 +585,7 @@ def make_ops(plain: Ops, device: torch.device | None = None, strict: bool = Fals
     device = device or torch.device("cuda", torch.cuda.current_device())
     table = plain._replace(name="Triton", rms_norm=rms_norm, causal_conv=causal_conv, ssd_scan=ssd_scan, swiglu=swiglu,
                            rotary=rotary, linear_cross_entropy=linear_cross_entropy)
-    with contextlib.suppress(Exception):  # its trial says what is wrong
-        load_scan()
-    with one_configuration():
-        wrong = try_kernels(table, plain, device)
+    wrong = try_kernels(table, plain, device)
     why = "; ".join(f"{name}: {error}" for name, error in wrong.items())
     if strict and wrong:
         raise RuntimeError(why)
