@@ -891,6 +891,7 @@ class Runtime:
         dtype = pick_dtype(device) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
         if kind == "cuda":
             torch.cuda.set_device(device)
+            torch.set_num_threads(1)  # the processor makes batches: small operators, which more threads slow down
         ops = pick_ops(device, dtype, cfg.kernels)
         if world > 1:
             torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=2))

@@ -419,18 +419,35 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @functools.cache
 def flex():
-    """`flex_attention` and `create_block_mask`, compiled; uncompiled they would make (T, T) matrices."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    """`flex_attention`, compiled; uncompiled it would make (T, T) matrices."""
+    from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention), torch.compile(create_block_mask)
+    return torch.compile(flex_attention, dynamic=False)  # two shapes: of training and of evaluation
 
 
 @functools.lru_cache(maxsize=1)  # all layers ask for that of the same batch
-def block_mask(documents: Tensor):
-    """FlexAttention's mask: position i sees j where j is not later and of the same document."""
-    b, t = documents.shape
-    return flex()[1](lambda b, h, i, j: (i >= j) & (documents[b, i] == documents[b, j]), b, None, t, t,
-                     device=documents.device)
+def block_mask(documents: Tensor, size: int = 128):
+    """FlexAttention's mask: position i sees j where j is not later and of the same document.
+
+    Ids ascend, so the first and last ones of two blocks of positions say whether all, some or none of these see each
+    other. `create_block_mask` asks every position, and is compiled anew for each shape of a batch.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    t = documents.shape[1]
+    index = torch.arange(0, t, size, device=documents.device)
+    first, last = documents[:, index, None], documents[:, (index + size - 1).clamp(max=t - 1), None]
+    earlier, itself = index[:, None] > index, index[:, None] == index
+    full = earlier & (first.mT == last) & (index[:, None] + size <= t)  # (B, blocks of queries, blocks of keys)
+    partial = itself | earlier & (first <= last.mT) & ~full
+
+    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """How many there are in each row, (B, 1, n), and which, before the others, (B, 1, n, n)."""
+        return blocks.sum(-1).int()[:, None], blocks.int().argsort(descending=True, stable=True).int()[:, None]
+
+    return BlockMask.from_kv_blocks(
+        *listed(partial), *listed(full), BLOCK_SIZE=size, seq_lengths=(t, t),
+        mask_mod=lambda b, h, i, j: (i >= j) & (documents[b, i] == documents[b, j]))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -438,7 +455,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) 
     if documents is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     if q.is_cuda:
-        return flex()[0](q, k, v, block_mask=block_mask(documents))
+        return flex()(q, k, v, block_mask=block_mask(documents))
     rows = []
     for i, ids in enumerate(documents):
         ends = [0, *(ids.diff().nonzero()[:, 0] + 1).tolist(), len(ids)]

@@ -103,7 +103,8 @@ def mean_loss(network: nn.Module, batches: list[Batch], runtime: Runtime, learn:
     """The mean loss over all supervised tokens; if `learn`, its scaled gradients. In more pieces if memory runs out."""
     rows = max(len(x) for x, _ in batches)
     while True:
-        pieces = split_batches(batches, runtime.pieces, runtime.device.type == "cpu")
+        trim = runtime.device.type == "cpu"
+        pieces = split_batches(batches, runtime.pieces, trim) if trim or runtime.pieces > 1 else batches
         try:
             if len(pieces) > 1 and shares_out(network, runtime):
                 return shared_mean_loss(network, pieces, runtime, learn)
@@ -245,6 +246,7 @@ def fit_to_memory(model: GPT, optimizers: Optimizers, cfg: TrainConfig, runtime:
             buckets = [torch.empty_like(p) for p in model.parameters()] if runtime.world > 1 else []
             mean_loss(model, [(tokens, tokens)], alone)
             optimizers.step(0.0)
+            mean_loss(model, [(tokens, tokens)], alone, learn=False)  # as evaluations do
             del buckets
             runtime.pieces = int(runtime.all_max(alone.pieces)[0])
     for optimizer in optimizers.all:
