@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arc_data.layout import GridLayout
+from extras.kernels import block_mask
 from train import GPT, IGNORE_INDEX, PLAIN, UNKNOWN_TASK, ArcDataLoader, pick_ops
 
 EOT = 60
@@ -37,6 +38,19 @@ def model_that_resets(pattern: str, grid: bool, ops=PLAIN) -> GPT:
     model = tiny_model(pattern, grid, document_token=UNKNOWN_TASK if grid else EOT)
     model.use(ops)
     return model
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 10**6), t=st.integers(1, 600), rate=st.sampled_from([0.0, 0.003, 0.03, 0.3]))
+def test_the_mask_of_blocks_is_what_torch_would_make_position_by_position(seed, t, rate):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    documents = (torch.rand(2, t, generator=torch.Generator().manual_seed(seed)) < rate).long().cumsum(1)
+    ours = block_mask(documents)
+    theirs = create_block_mask(ours.mask_mod, 2, None, t, t, device="cpu")
+    assert ours.shape == theirs.shape and torch.equal(ours.to_dense(), theirs.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
 
 @either
