@@ -392,7 +392,11 @@ class GPT(Layer):
             layout = GridLayout.of(tokens, documents)
             col, row, grid, output = (v.gather(1, at).clamp(0, 31) for v in layout[:4])
             x = x + self.embed_col(col) + self.embed_row(row) + self.embed_role(output)
-            x = x + self.embed_near(layout.hints(tokens, at, self.config.recall))
+            hinted = output if self.config.recall else torch.ones_like(output)  # there is no hint on inputs
+            some = hinted.argsort(dim=1, descending=True, stable=True)[:, : max(1, int(hinted.sum(1).max()))]  # (B, M)
+            near = self.embed_near(layout.hints(tokens, at.gather(1, some), self.config.recall))  # (B, M, D)
+            near = near.to(x.dtype) * hinted.gather(1, some)[..., None]
+            x = x.scatter_add(1, some[..., None].expand_as(near), near)
             positions = torch.stack([col, row, grid], dim=-1)
         return x, rotary_angles(positions, self.config.d_model // self.config.n_head, self.config.rope_theta)
 

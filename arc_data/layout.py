@@ -83,7 +83,7 @@ class GridLayout(NamedTuple):
 
         Of the input: the 3 x 3 around its place, then where the 7 other symmetries of the square put it, then what it
         would repeat if the output tiled the input or enlarged it. Of the output: three above, two to the left. 10 means
-        that there is no such cell, or no output here. `tokens` (B, T) are those of this layout.
+        that there is no such cell, or no output here. `tokens` are whole sequences.
         """
         r, c, h, w = self.row, self.col, self.source_rows.clamp(min=1), (self.source_stride - 1).clamp(min=1)
         around = [(r + i, c + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
@@ -97,23 +97,23 @@ class GridLayout(NamedTuple):
             inside = (row >= 0) & (row < height) & (col >= 0) & (col < stride - 1)
             inside &= (self.output == 1) & (self.source >= 0)
             index = (start + 1 + row * stride + col).clamp(0, tokens.shape[1] - 1)
-            found = tokens.expand_as(index).gather(2, index)
+            found = tokens.expand(len(index), -1, -1).gather(2, index)
             return torch.where(inside, found, 10).clamp(max=10)  # a grid that a model wrote may hold other tokens
 
         return torch.cat([look(around + turned + tiled, self.source, self.source_rows, self.source_stride),
                           look(written, self.start, r + 1, self.stride)])
 
-    def recalled(self, tokens: Tensor, cells: Tensor) -> Tensor:
+    def recalled(self, after: Tensor, cells: Tensor) -> Tensor:
         """Which token came next where earlier outputs of this task looked like here, (4 * len(SIGHTS), B, T); 14: none.
 
-        First the token after the last position with the same `cells` (25, B, T), for each of SIGHTS, columns of these;
-        then after the last one with the same cells up to a change of colours, with the token's colour changed alike;
-        then both for the last but one. Attention can learn such a lookup (induction heads, Olsson et al. 2022,
-        arXiv:2209.11895), but takes far more steps.
+        First the token that came after the last position with the same `cells` (25, B, T), for each of SIGHTS, columns
+        of these; then after the last one with the same cells up to a change of colours, with the token's colour changed
+        alike; then both for the last but one. `after` (B, T) are the tokens that come after each position. Attention
+        can learn such a lookup (induction heads, Olsson et al. 2022, arXiv:2209.11895), but takes far more steps.
         """
-        index, after = torch.arange(tokens.shape[1], device=tokens.device), F.pad(tokens[:, 1:], (0, 1)).clamp(max=14)
-        row = (torch.arange(len(tokens), device=tokens.device) * tokens.shape[1])[:, None]
-        bits, colours = 2 ** torch.arange(len(cells), device=tokens.device), index.new_tensor(range(11))[:, None, None]
+        index = torch.arange(after.shape[1], device=after.device)
+        row = (torch.arange(len(after), device=after.device) * after.shape[1])[:, None]
+        bits, colours = 2 ** torch.arange(len(cells), device=after.device), index.new_tensor(range(11))[:, None, None]
         has = torch.zeros_like(cells[:11]).scatter_add_(0, cells, bits[:, None, None].expand_as(cells))  # by colour
         has = torch.stack([has & sum(1 << i for i in sight) for sight in SIGHTS])  # (S, 11, B, T): sets of columns
         keys = []  # one number for all that is seen: where it is the same, the position looks the same
@@ -139,28 +139,38 @@ class GridLayout(NamedTuple):
             found.append(torch.where(place < 0, 14, torch.cat([exact, other])))
         return torch.cat(found)
 
-    def votes(self, tokens: Tensor, said: Tensor) -> Tensor:
+    def votes(self, after: Tensor, said: Tensor) -> Tensor:
         """All that is `recalled` (K, B, T) together: shares of the 14 tokens, (2 * 15, B, T), the 15th without meaning.
 
         What a sight says weighs as much as it was right so far in this task: by log-odds, then by their fourth power.
         """
         counts = (said < 14) & (self.output == 1)
-        right = counts & (said == F.pad(tokens[:, 1:], (0, 1)))
+        right = counts & (said == after)
         total, good = (v.float().cumsum(2) - v.float() for v in (counts, right))  # up to the position before
-        total, good = (v - v.gather(2, self.begin.expand_as(v)) for v in (total, good))  # of this document
+        opens = F.pad(self.begin.diff(dim=1) != 0, (1, 0), value=True)  # the first position of each document
+        first = torch.where(opens, torch.arange(after.shape[1], device=after.device), 0).cummax(1).values
+        total, good = (v - v.gather(2, first.expand_as(v)) for v in (total, good))  # of this document
         odds = ((good + 0.4) / (total - good + 0.4)).log().clamp(min=0) * counts
-        score = [torch.zeros(15, *tokens.shape, device=tokens.device).scatter_add_(0, said, w) for w in (odds, odds**4)]
+        score = [torch.zeros(15, *after.shape, device=after.device).scatter_add_(0, said, w) for w in (odds, odds**4)]
         return torch.cat([v / v.sum(0).clamp(min=1e-6) for v in score])
 
     def hints(self, tokens: Tensor, at: Tensor, recall: bool) -> Tensor:
         """All of this at the positions `at` (B, W), one-hot, and the votes: (B, W, HINTS). Without `recall` the cells
-        around the next one alone, (B, W, 99), as runs of earlier versions have it."""
-        cells = self.cells(tokens)
-        seen, votes, kinds = cells[:9], cells.new_zeros(0, *tokens.shape), 11
+        around the next one alone, (B, W, 99), as runs of earlier versions have it. `tokens` (B, T) are this layout's.
+
+        Nothing is looked up but in outputs, so that their positions alone are gone through.
+        """
+        outputs = self.output.argsort(dim=1, descending=True, stable=True)[:, : max(1, int(self.output.sum(1).max()))]
+        here = GridLayout(*(v.gather(1, outputs) for v in self))
+        cells, after = here.cells(tokens), F.pad(tokens[:, 1:], (0, 1)).gather(1, outputs).clamp(max=14)
+        seen, votes, kinds, none = cells[:9], cells.new_zeros(0, *outputs.shape), 11, [10] * 9
         if recall:
-            said, kinds = self.recalled(tokens, cells), 15
-            seen, votes = torch.cat([cells, said]), self.votes(tokens, said)
-        seen, votes = (v.gather(2, at.expand(len(v), -1, -1)).movedim(0, 2) for v in (seen, votes))
-        where = seen + kinds * torch.arange(seen.shape[2], device=at.device)
-        one_hot = torch.zeros(*at.shape, kinds * seen.shape[2], device=at.device).scatter_(2, where, 1.0)
-        return torch.cat([one_hot, votes], dim=2)
+            said = here.recalled(after, cells)
+            seen, votes, kinds = torch.cat([cells, said]), here.votes(after, said), 15
+            none = [10] * len(cells) + [14] * len(said)
+        place = (self.output.cumsum(1) - 1).clamp(min=0).gather(1, at)  # among the outputs' positions
+        seen, votes = (v.gather(2, place.expand(len(v), -1, -1)).movedim(0, 2) for v in (seen, votes))
+        inside = self.output.gather(1, at)[..., None] == 1
+        where = torch.where(inside, seen, seen.new_tensor(none)) + kinds * torch.arange(len(none), device=at.device)
+        one_hot = torch.zeros(*at.shape, kinds * len(none), device=at.device).scatter_(2, where, 1.0)
+        return torch.cat([one_hot, votes * inside], dim=2)
