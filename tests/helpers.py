@@ -169,6 +169,24 @@ def run(*argv) -> int:
         return stop.code
 
 
+def exit_code(script: types.ModuleType, *argv) -> int:
+    """The exit code of a script, such as sample.py, with these arguments, in this process."""
+    try:
+        return script.main([str(a) for a in argv])
+    except SystemExit as stop:
+        return stop.code
+
+
+def complaint(script: types.ModuleType, capsys: pytest.CaptureFixture, *argv, lines: int = 1) -> str:
+    """The one line, or so many, with which a script refuses these arguments."""
+    capsys.readouterr()
+    assert exit_code(script, *argv) == 2
+    out, err = capsys.readouterr()
+    name = Path(script.__file__).name
+    assert not out and err.count("\n") == lines and all(t.startswith(f"{name}: ") for t in err.splitlines()), err
+    return err
+
+
 def python(*argv, cwd: Path, **options) -> subprocess.Popen:
     """A Python process that sees this checkout and one thread, with its output as text."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}

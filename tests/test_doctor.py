@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, python, write_shard
+from helpers import ROOT, TINY, complaint, python, write_shard
 
 from data.files import UserError
 from tools import doctor
@@ -42,16 +42,6 @@ def lines(out: str) -> dict[str, str]:
     return {line[:15].strip(): line[15:] for line in out.splitlines() if line[:1].strip() and line[14:15] == " "}
 
 
-def stand_in(folder: Path, name: str, code: str) -> None:
-    """A module that does this instead of what it should."""
-    path = folder / (name.replace(".", "/") + ".py")
-    for parent in [p for p in path.parents if folder in p.parents]:
-        parent.mkdir(parents=True, exist_ok=True)
-        (parent / "__init__.py").touch()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(code)
-
-
 def test_this_machine():
     code, out = examine(ROOT, PYTHONIOENCODING="ascii")
     shown = lines(out)
@@ -69,12 +59,13 @@ def test_without_any_package(checkout):
     assert lines(out)["torch"] == "not installed" and lines(out)["arc tasks"].startswith("none yet")
 
 
-@pytest.mark.parametrize("name", ["torch", "numpy", "tqdm"])
+@pytest.mark.parametrize("name", ["torch", "numpy"])
 def test_a_needed_package_that_does_not_import(name, checkout, tmp_path):
-    stand_in(tmp_path / "broken", name, "raise OSError('libsomething.so.1: cannot open shared object file')")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / f"{name}.py").write_text("raise OSError('libsomething.so.1: cannot open it')")
     code, out = examine(checkout, packages=tmp_path / "broken")
     assert code == 1 and f"{name} does not import" in out and "--force-reinstall" in out
-    assert "OSError: libsomething.so.1: cannot open shared object file" in out
+    assert "OSError: libsomething.so.1: cannot open it" in out
 
 
 def test_data(checkout):
@@ -172,32 +163,23 @@ def test_a_part_that_fails_is_a_line(monkeypatch, capsys):
     assert "torch          could not be examined: ZeroDivisionError: division by zero\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "have, wanted, fits",
-    [("2.13.0+cpu", ">=2.9,<2.14", True), ("2.8.1", ">=2.9,<2.14", False), ("2.14.0", ">=2.9,<2.14", False),
-     ("2.14.0a0+git1", ">=2.9,<2.14", False), ("1.0.1", "==1.0.1", True), ("10.0", ">=9.5", True), ("1", "", True)],
-)
+@pytest.mark.parametrize("have, wanted, fits", [
+    ("2.13.0+cpu", ">=2.9,<2.14", True), ("2.8.1", ">=2.9,<2.14", False), ("2.14.0a0+git1", ">=2.9,<2.14", False),
+    ("1.0.1", "==1.0.1", True), ("10.0", ">=9.5", True), ("1", "", True)])
 def test_versions(have, wanted, fits):
     assert doctor.satisfies(have, wanted) == fits
 
 
-@pytest.mark.parametrize("argv, words", [(["--nonsense"], "doctor.py: unrecognized arguments: --nonsense"),
-                                         (["--memory", "--nonsense"], "unrecognized arguments: --nonsense"),
-                                         (["--memory", "--preset", "none"], "--preset 'none' is none of arc's"),
-                                         (["--memory", "--device", "mps"], "--memory can measure on")])
+@pytest.mark.parametrize("argv, words", [("--nonsense", "unrecognized arguments: --nonsense"),
+                                         ("--memory --preset none", "--preset 'none' is none of arc's"),
+                                         ("--memory --device mps", "--memory can measure on")])
 def test_wrong_flags_are_one_line(argv, words, capsys):
-    try:
-        code = doctor.main(argv)
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    assert code == 2 and words in err and err.count("\n") == 1 and out == ""
+    assert words in complaint(doctor, capsys, *argv.split())
 
 
 # == MEMORY ===========================================================================================================
 
-SMALL = ["--preset", "nano", "--pattern", "MA", "--d-model", "32", "--n-head", "2", "--d-state", "8", "--headdim", "16",
-         "--d-ff", "64", "--block-size", "512", "--device", "cpu", "--data-dir", "none"]
+SMALL = [*TINY, "--block-size", "512", "--data-dir", "none"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a CPU is measured on Linux only")
@@ -211,8 +193,8 @@ def test_memory_is_measured():
     ({1: 100e6}, 0, ["100 MB for one sequence, three do not fit"]), ({}, 1, ["not one sequence fits", "lower"])])
 def test_what_fits_is_reckoned(peaks, code, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(doctor, "measured", lambda flags, rows: {"peak": peaks[rows], "free": 1e9, "kept": 8e6}
-                        if rows in peaks else None)
+    found = {rows: {"peak": peak, "free": 1e9, "kept": 8e6} for rows, peak in peaks.items()}
+    monkeypatch.setattr(doctor, "measured", lambda flags, rows: found.get(rows))
     assert doctor.main(["--memory", *SMALL]) == code
     out = capsys.readouterr().out
     assert all(word in out for word in words) and ("optimizer 8.0 MB" in out) == bool(peaks)
