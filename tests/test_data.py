@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from arc_data.tasks import SHARE_EVALUATION_PAIRS, Task, apply_symmetry, base_task, canonical_hash, load_arc, read_split
 from data.files import UserError
-from data.shards import Shard
 from train import END, IGNORE_INDEX, UNKNOWN_TASK, ArcDataLoader, FineWebLoader, next_batches, pair_length
 
 ROOMY = 4096  # a block size that every small task fits
@@ -33,14 +32,14 @@ def whole(x, y):
 def rows_of_steps(loaders):
     """The rows of each optimizer step of what is left of an epoch, over all ranks, in no order inside a step."""
     epochs, accum = [list(loader) for loader in loaders], loaders[0].accum
-    assert len({len(e) for e in epochs}) == 1, "ranks fall out of step"
-    rows = [list(itertools.chain(*(whole(*e[i]) for e in epochs))) for i in range(len(epochs[0]))]
+    batches = [[whole(*b) for b in together] for together in zip(*epochs, strict=True)]  # or ranks fall out of step
+    rows = [list(itertools.chain(*together)) for together in batches]
     return [sorted(itertools.chain(*rows[i : i + accum])) for i in range(0, len(rows), accum)]
 
 
 def same(one, other):
     """Whether two lists of batches are equal."""
-    return len(one) == len(other) and all(a.shape == b.shape and torch.equal(a, b)
+    return len(one) == len(other) and all(torch.equal(a, b)
                                           for p, q in zip(one, other, strict=True) for a, b in zip(p, q, strict=True))
 
 
@@ -66,22 +65,20 @@ def make(request, text):
 # == WHAT A BATCH OF ARC TASKS HOLDS ==================================================================================
 
 
-def recolouring(one, other):
-    """The colours that turn one list of grids into another, or None where none do or where black changes."""
+def recoloured(one, other):
+    """Whether one permutation of the colours, which keeps black, turns one list of grids into the other."""
     if [g.shape for g in one] != [g.shape for g in other]:
-        return None
+        return False
     cells = (np.concatenate([g.ravel() for g in grids]).tolist() for grids in (one, other))
     table = set(zip(*cells, strict=True)) | {(0, 0)}
-    return table if len(table) == len({a for a, _ in table}) == len({b for _, b in table}) else None
+    return len(table) == len({a for a, _ in table}) == len({b for _, b in table})
 
 
 def views(task, shown):
     """The symmetries under which `shown` is all of the task's pairs, in some order, with one recolouring."""
-    for s in range(8):
-        for order in itertools.permutations(task.pairs):
-            one = [apply_symmetry(g, s) for pair in order for g in pair]
-            if recolouring(one, [g for pair in shown for g in pair]):
-                yield s, order
+    for s, order in itertools.product(range(8), itertools.permutations(task.pairs)):
+        if recoloured([apply_symmetry(g, s) for pair in order for g in pair], [g for pair in shown for g in pair]):
+            yield s, order
 
 
 def test_training_shows_all_pairs_of_a_task_in_one_view_and_supervises_every_output():
@@ -143,27 +140,21 @@ def test_each_epoch_draws_new_flips_colours_and_orders_over_everything_there_is(
 
 @pytest.mark.parametrize("train", [True, False])
 def test_beyond_the_block_whole_demonstrations_are_left_out_and_counted(train):
-    tasks = random_tasks(40, pairs=(3, 6), largest=7)
-    block = 120
+    tasks, block, shown = random_tasks(40, pairs=(3, 6), largest=7), 120, []
     loader = ArcDataLoader(tasks, 1, block, train=train, seed=3)
     named = {canonical_hash(p): t for t in tasks for p in t.pairs}
-    shown = []
     for x, y in loader:
         (s,) = whole(x, y)
-        assert x.shape[1] <= block
         pairs = parse_pairs(s)  # fails where a grid is cut
+        found = {canonical_hash(p) for p in pairs}
         task = named[canonical_hash(pairs[0])]
-        assert s[-1] == END and {canonical_hash(p) for p in pairs} <= {canonical_hash(p) for p in task.pairs}
-        assert sum(map(pair_length, pairs)) == len(s) - 1
-        left = [p for p in task.pairs if canonical_hash(p) not in {canonical_hash(q) for q in pairs}]
-        assert len(left) == len(task.pairs) - len(pairs)
-        # kept while they fit: with the two largest that are left out the row would be too long
+        assert s[-1] == END and x.shape[1] <= block and sum(map(pair_length, pairs)) == len(s) - 1
+        left = [p for p in task.pairs if canonical_hash(p) not in found]
+        assert found <= {canonical_hash(p) for p in task.pairs} and len(left) == len(task.pairs) - len(pairs)
+        # kept while they fit: with the largest that is left out the row would be too long
         assert not left or x.shape[1] + max(map(pair_length, left)) > block
+        assert train or same_pairs(pairs[-1:], loader.tasks[len(shown)].pairs[-1:])
         shown.append((task.name, len(left)))
-    if not train:
-        assert all(same_pairs(parse_pairs(whole(x, y)[0])[-1:], t.pairs[-1:])
-                   for (x, y), t in zip(loader, loader.tasks, strict=True))  # fmt: skip
-        loader.dropped //= 2
     assert loader.dropped == sum(n for _, n in shown) > 0
     assert any(n == 0 for _, n in shown), "the block is too small to tell"
     assert sorted(name for name, _ in shown) == sorted(t.name for t in loader.tasks)
@@ -189,23 +180,11 @@ def test_tasks_too_long_for_the_block_are_named_and_none_left_is_an_error():
 
 
 def test_padding_is_under_15_percent_of_official_training_tokens(arc_dir):
-    for demonstrations, holdout in (("training", 0), ("both", 40)):
-        tasks = load_arc(arc_dir, holdout, 30, demonstrations).tasks
-        loader = ArcDataLoader(tasks, 16, 4096)
-        assert list(loader)
-        assert loader.padding / loader.tokens < 0.15, f"{loader.padding / loader.tokens:.1%} with {len(tasks)} tasks"
-        assert not any(loader.too_long)
+    loader = ArcDataLoader(load_arc(arc_dir, 40, 30, "both").tasks, 16, 4096)
+    assert list(loader) and loader.padding / loader.tokens < 0.15 and not loader.too_long
 
 
 # == ORDER, EPOCHS AND RESUMING, OF BOTH LOADERS ======================================================================
-
-
-def test_order_is_a_function_of_seed_and_epoch(make):
-    one, again, other = (make(seed=seed) for seed in (5, 5, 6))
-    epochs = [list(one) for _ in range(3)]
-    assert all(same(epoch, list(again)) for epoch in epochs)
-    assert not any(same(a, b) for a, b in itertools.combinations(epochs, 2))
-    assert not same(epochs[0], list(other))
 
 
 SLICES = st.sampled_from([(b, a, 8 // (b * a)) for b in (1, 2, 4, 8) for a in (1, 2, 4, 8) if b * a <= 8])
@@ -250,18 +229,6 @@ def test_state_in_the_middle_of_an_epoch_goes_on_exactly(make):
         assert same(found, batches[k:]), f"after {k} batches"
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_after_an_epoch_a_new_iterator_starts_the_next(make, train):
-    loader, lengths = make(train=train), []
-    for epoch in range(4):
-        assert loader.epoch == epoch
-        iterator = iter(loader)
-        lengths.append(sum(1 for _ in iterator))
-        with pytest.raises(StopIteration):
-            next(iterator)
-    assert lengths == lengths[:1] * 4 and lengths[0] > 1
-
-
 def test_next_batches_goes_on_over_the_ends_of_epochs(make):
     loader, other = make(grad_accum_steps=3), make(grad_accum_steps=3)
     expected = [b for _ in range(3) for b in other]
@@ -273,7 +240,7 @@ def test_next_batches_goes_on_over_the_ends_of_epochs(make):
     assert same(found, expected) and loader.epoch == 2
 
 
-@pytest.mark.parametrize("stop", range(0, 9, 2))
+@pytest.mark.parametrize("stop", [0, 2, 6])
 def test_a_narrowed_loader_is_of_the_tasks_in_focus_from_the_next_epoch_on(stop):
     """Wherever the run is stopped and goes on; an epoch of 12 tasks has 6 batches, one of the 4 in focus has 2."""
     tasks = random_tasks(12)
@@ -347,24 +314,21 @@ def test_answers_of_held_out_tasks_go_to_the_scorer_only(arc_dir, official, alon
     on_disk, held = read_split(arc_dir, "training"), {q.name for q in alone.questions}
     assert len(held) == 40
     for found in (official, alone):
+        assert found.pairs == sorted({canonical_hash(p) for t in found.tasks for p in t.pairs})
         for question, answer in zip(found.questions, found.answers, strict=True):
             task = on_disk[question.name]
             assert same_pairs(question.pairs[:-1], task["train"]) and question.pairs[-1][1] is None
             assert any(same_pairs([(question.pairs[-1][0], answer)], [p]) for p in task["test"])
-    tasks = {t.name: t for t in official.tasks}
-    assert all(same_pairs(tasks[name].pairs, on_disk[name]["train"]) for name in held)
-    evaluation = read_split(arc_dir, "evaluation")
-    assert all(same_pairs(tasks[name].pairs, task["train"]) for name, task in evaluation.items())
-    others = on_disk.keys() - held - set(SHARE_EVALUATION_PAIRS)
-    assert all(same_pairs(tasks[name].pairs, on_disk[name]["train"] + on_disk[name]["test"]) for name in others)
-    assert tasks.keys() == held | evaluation.keys() | others
-    assert {t.name for t in alone.tasks} == others  # nothing of held-out or evaluation tasks
+    others = {n: t["train"] + t["test"] for n, t in on_disk.items() if n not in {*held, *SHARE_EVALUATION_PAIRS}}
+    shown = {name: on_disk[name]["train"] for name in held}
+    shown |= {name: task["train"] for name, task in read_split(arc_dir, "evaluation").items()}
+    for found, expected in ((official, others | shown), (alone, others)):
+        tasks = {t.name: t.pairs for t in found.tasks}
+        assert tasks.keys() == expected.keys() and all(same_pairs(tasks[name], expected[name]) for name in expected)
 
 
 def test_a_held_out_answer_that_is_also_learned_is_not_asked(official, alone):
     """One official answer equals, up to symmetry and colours, a demonstration that only "both" learns from."""
-    for found in (official, alone):
-        assert found.pairs == sorted({canonical_hash(p) for t in found.tasks for p in t.pairs})
     kept = [q for q, answer in zip(alone.questions, alone.answers, strict=True)
             if canonical_hash((q.pairs[-1][0], answer)) not in official.pairs]
     assert equal_tasks(kept, official.questions) and len(kept) == len(alone.questions) - 1
@@ -411,88 +375,58 @@ def windows(loader):
     return [int(row[0]) for x, _ in loader for row in x]
 
 
-def test_text_windows_are_consecutive_tokens_from_disk_and_targets_the_next_ones(counting):
-    loader = FineWebLoader(counting, "train", 4, 16)
+def test_every_window_comes_exactly_once_per_epoch_in_a_new_order(counting):
+    loader, expected = FineWebLoader(counting, "train", 4, 16), [*range(0, 480, 16), *range(1000, 1272, 16),
+                                                                 *range(2000, 2144, 16)]  # fmt: skip
     for x, y in loader:
         assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (4, 16)
-        assert torch.equal(y, x + 1) and (x[:, 1:] == x[:, :-1] + 1).all()
-    assert len(loader.shards) == 3
-    for shard in loader.shards:  # nothing of them stays in memory
-        assert isinstance(shard, Shard) and not [v for v in vars(shard).values() if isinstance(v, np.ndarray)]
-
-
-def test_every_window_comes_exactly_once_per_epoch_in_a_new_order(counting):
-    expected = [*range(0, 480, 16), *range(1000, 1272, 16), *range(2000, 2144, 16)]
-    loader = FineWebLoader(counting, "train", 4, 16)
+        assert torch.equal(y, x + 1) and (x[:, 1:] == x[:, :-1] + 1).all()  # consecutive tokens, and the next ones
+    in_memory = [v for shard in loader.shards for v in vars(shard).values() if isinstance(v, np.ndarray)]
+    assert len(loader.shards) == 3 and not in_memory
     epochs = [windows(loader) for _ in range(3)]
     assert all(sorted(epoch) == expected for epoch in epochs)
     assert expected not in epochs and len({tuple(e) for e in epochs}) == 3
     seeds = [windows(FineWebLoader(counting, "train", 4, 16, seed=s)) for s in range(9)]
-    assert len({e[0] // 1000 for e in seeds}) > 1 and seeds[0] == epochs[0] != seeds[1]  # shards are shuffled, too
+    assert len({e[0] // 1000 for e in seeds}) > 1 and seeds[0] != seeds[1]  # shards are shuffled, too
     validation = FineWebLoader(counting, "val", 2, 16)
     assert [windows(validation) for _ in range(2)] == [list(range(5000, 5080, 16))] * 2
 
 
-def header(*numbers):
-    return np.array([*numbers, *[0] * (256 - len(numbers))], "<i4").tobytes()
-
-
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("ending, spoil", [
-    (".npy", lambda path: path.write_bytes(path.read_bytes()[:-10])),
-    (".npy", lambda path: np.save(path, np.arange(900, dtype=np.int64))),
-    (".npy", lambda path: np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)),
-    (".bin", lambda path: path.write_bytes(path.read_bytes() + b"\0\0")),
-    (".bin", lambda path: path.write_bytes(header(20240520, 2, 900) + bytes(1800))),
-    (".bin", lambda path: path.write_bytes(b"")),
-], ids=["cut off", "int64", "pickle", "longer", "version", "empty"])  # fmt: skip
-def test_a_damaged_shard_is_refused_by_name(split, ending, spoil, tmp_path):
+def test_a_damaged_shard_is_refused_by_name(split, tmp_path):
     """Whatever is in a file, tests/test_data_files.py asks; here, that no loader passes over one of a folder."""
-    path = write_shard(write_text(tmp_path) / f"bad_{split}_000009{ending}", np.zeros(900))
+    path = write_shard(write_text(tmp_path) / f"bad_{split}_000009.npy", np.zeros(900))
     FineWebLoader(tmp_path, split, 1, 16)
-    spoil(path)
-    with pytest.raises(UserError) as caught:
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match=str(path)):
         FineWebLoader(tmp_path, split, 1, 16)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_token_outside_the_vocabulary_is_refused_by_file(tmp_path):
     write_text(tmp_path)
     path = write_shard(tmp_path / "bad_train_000009.npy", np.full(900, 61))
     assert sum(1 for _ in FineWebLoader(tmp_path, "train", 1, 16, vocab_size=62))
-    with pytest.raises(UserError, match="61 .*vocabulary of 61") as caught:
+    with pytest.raises(UserError, match=f"{path}.* 61 .*vocabulary of 61"):
         list(FineWebLoader(tmp_path, "train", 1, 16, vocab_size=61))
-    assert str(path) in str(caught.value)
 
 
 def test_too_little_text_is_refused(tmp_path):
     write_shard(tmp_path / "t_train_0.npy", np.zeros(40))
     write_shard(tmp_path / "t_val_0.npy", np.zeros(10))
     FineWebLoader(tmp_path, "train", 2, 16)
-    with pytest.raises(UserError, match="--batch-size or --block-size") as caught:
+    with pytest.raises(UserError, match=f"{tmp_path}.*--batch-size or --block-size"):
         FineWebLoader(tmp_path, "train", 3, 16)
-    assert str(tmp_path) in str(caught.value)
     with pytest.raises(UserError, match="val"):
         FineWebLoader(tmp_path, "val", 1, 16)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_folder_without_shards_says_where_to_read_on(split, tmp_path):
-    for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match=r"data/README\.md") as caught:
-            FineWebLoader(folder, split, 1, 16)
-        assert str(folder) in str(caught.value)
-
-
 def test_generated_tasks_share_their_original_s_token_and_its_fate(tmp_path):
     """`<task>-r000` is held out with <task>, is never a question itself, and speaks of the same task."""
-    rng = np.random.default_rng(0)
-    for task in random_tasks(12, seed=3, pairs=(3, 3)):
-        for name in (task.name, f"{task.name}-r000", f"{task.name}-r001"):
-            pairs = [(rng.integers(0, 10, (4, 4)), rng.integers(0, 10, (4, 4))) for _ in range(3)]
-            path = tmp_path / "training" / f"{name}.json"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(task_json(pairs)), encoding="utf-8")
+    (tmp_path / "training").mkdir()
+    for task, kind in itertools.product(range(12), ("", "-r000", "-r001")):
+        (made,) = random_tasks(1, seed=100 * task + len(kind) + ord(kind[-1:] or "0"), pairs=(3, 3))
+        file = tmp_path / "training" / f"task{task:02}{kind}.json"
+        file.write_text(json.dumps(task_json(made.pairs)), encoding="utf-8")
     data = load_arc(tmp_path, holdout=3, max_grid=30, demonstrations="training")
     held = {q.name for q in data.questions}
     assert len(held) == 3 and not any("-r" in name for name in held)

@@ -25,7 +25,7 @@ META = prepare.new_meta("x", None, [{"name": "a.txt", "bytes": 9, "start": "0"}]
                         val_tokens=None) | {"shards": [
     {"name": "text_val_000000.npy", "split": "val", "tokens": 4, "documents": 1, "bytes": 136, "sha256": "0",
      "next": {"file": 0, "at": 0, "inside": False, "skip": 4}}]}  # fmt: skip
-fuzz = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+fuzz = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
                     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
                         st.sampled_from(["train", "test", "input", "output", "shards", "name", "bytes"]), inner),
@@ -148,8 +148,8 @@ def test_any_meta_json_is_read_or_refused(data, folder):
     reads(shards.shard_files, folder / "m", "val")
 
 
-@pytest.mark.parametrize("name", ["", "gpt9", "../x", "\udcff", "x" * 999])
-def test_any_name_of_a_tokenizer(name):
+@pytest.mark.parametrize("name", ["", "gpt9", "\udcff", "x" * 999])
+def test_any_other_name_of_a_tokenizer(name):
     with pytest.raises(UserError, match="gpt2, bytes"):
         shards.load_tokenizer(name)
 
@@ -161,7 +161,7 @@ def test_json_in_every_encoding(encoding, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with a name")
-@pytest.mark.parametrize("read", [tasks.read_task, shards.read_shard, files.read_json])
+@pytest.mark.parametrize("read", [shards.read_shard, files.read_json])
 def test_a_pipe_is_not_waited_for(read, tmp_path):
     os.mkfifo(tmp_path / "x.json")
     with pytest.raises(UserError, match="x.json: .*not an ordinary file"):
@@ -212,30 +212,25 @@ def test_endings_in_capitals_and_byte_order_marks(tmp_path):
     put(tmp_path / "training" / ".three.json", "hidden")
     assert list(tasks.read_split(tmp_path, "training")) == ["one", "two"]
     assert list(tasks.read_tasks(tmp_path / "training")) == ["one", "two"]
-    (tmp_path / "clone").mkdir()
-    (tmp_path / "clone" / "data").symlink_to(tmp_path, target_is_directory=True)
-    assert list(tasks.read_split(tmp_path / "clone", "training")) == ["one", "two"]
 
 
 @pytest.mark.parametrize("path, words", [
     ("missing", "there is no .*missing .looked for from"), ("a.txt", "a.txt/training: not a folder"),
-    ("empty", "no arc-agi_training_challenges.json in .*empty"),
-    ("twice", "x.json: x.JSON has the same name")])  # fmt: skip
+    ("empty", "no arc-agi_training_challenges.json in .*empty")])
 def test_a_folder_without_tasks_says_what_was_looked_for(path, words, tmp_path):
-    (tmp_path / "a.txt").write_text("x")
+    put(tmp_path / "a.txt", "x")
     (tmp_path / "empty").mkdir()
-    for name in ("x.json", "x.JSON"):
-        put(tmp_path / "twice" / "training" / name, TASK)
-    if path == "twice" and len(os.listdir(tmp_path / "twice" / "training")) == 1:
-        pytest.skip("this file system does not tell capitals")
     with pytest.raises(UserError, match=words):
         tasks.read_split(tmp_path / path, "training")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs names that are not UTF-8")
-def test_a_name_that_is_not_utf_8_is_refused(tmp_path):
-    (tmp_path / "\udcff.json").write_text(json.dumps(TASK))
-    with pytest.raises(UserError, match="is not UTF-8; rename it"):
+@pytest.mark.skipif(sys.platform != "linux", reason="needs names that tell capitals and are not UTF-8")
+@pytest.mark.parametrize("names, words", [(["x.json", "x.JSON"], "x.json: x.JSON has the same name"),
+                                          (["\udcff.json"], "is not UTF-8; rename it")])  # fmt: skip
+def test_a_name_that_cannot_be_used_is_refused(names, words, tmp_path):
+    for name in names:
+        put(tmp_path / name, TASK)
+    with pytest.raises(UserError, match=words):
         tasks.read_tasks(tmp_path)
 
 
@@ -252,7 +247,6 @@ def test_three_hundred_shards_with_few_file_descriptors(tmp_path):
     try:
         found = [shards.read_shard(file) for file in shards.shard_files(tmp_path, "train")]
         assert [int(shard[3]) for shard in found] == [i + 3 for i in range(300)]
-        assert all(np.asarray(shard).dtype == np.uint16 for shard in found)
         with contextlib.ExitStack() as held, pytest.raises(UserError, match="ulimit -n"):
             for _ in range(64):
                 held.enter_context(open(os.devnull))
@@ -275,6 +269,9 @@ def test_only_the_shards_that_are_finished_and_asked_for(tmp_path):
         found(["text_train_000003.npy"])
     (tmp_path / names[0]).write_bytes(b"")
     with pytest.raises(UserError, match=r"000001.npy: missing, or not the 208 bytes"):
+        found()
+    put(tmp_path / "meta.json", meta | {"shards": [{"name": "../x.npy", "bytes": 208}]})
+    with pytest.raises(UserError, match="meta.json: does not describe shards"):
         found()
 
 
@@ -310,9 +307,7 @@ def work():
     if "stdin" in sys.argv: print(repr(sys.stdin.read()))
     for i in range(3000 if "many" in sys.argv else 1): print("東京 \\u2019 \\udcff")
     print("note 東京", file=sys.stderr)
-    if "bug" in sys.argv: raise ValueError("a bug")
     if "user" in sys.argv: raise UserError("a.json: 東京\\nb.json: bad")
-    if "disk" in sys.argv: open("/nowhere/x")
 sys.exit(run_script("p.py", work, output="output" in sys.argv))
 """
 
@@ -329,7 +324,7 @@ bash = pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
 
 
 @bash
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "gbk", "ascii:strict", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii:strict", "cp1252", "gbk", "utf-8"])
 def test_no_console_s_encoding_ends_a_program(encoding):
     code, out, err = shell("user", PYTHONIOENCODING=encoding)
     assert code == 2 and out.count("\n") == 1 and "\\udcff" in out.replace("\\xed\\xb3\\xbf", "\\udcff")
@@ -339,8 +334,7 @@ def test_no_console_s_encoding_ends_a_program(encoding):
 @bash
 @pytest.mark.parametrize("arguments, redirections, code, said", [
     ("user", "2>&-", 2, ""), ("user", ">&-", 2, "b.json"), ("x", ">&- 2>&- <&-", 0, ""), ("stdin", "<&-", 0, ""),
-    ("x", "2>/dev/full", 0, ""), ("x", "1</dev/null", 2, "standard output: "), ("disk", "", 2, "/nowhere/x: No such"),
-    ("many", ">/dev/full", 2, "standard output: No space left"), ("x", ">/dev/full", 2, "No space left"),
+    ("x", "2>/dev/full", 0, ""), ("x", "1</dev/null", 2, "standard output: "), ("x", ">/dev/full", 2, "No space left"),
     ("many output", ">/dev/full", 2, "No space left"), ("many", "| head -1; exit ${PIPESTATUS[0]}", 0, "note"),
     ("many output", "| head -1; exit ${PIPESTATUS[0]}", 0, "")])  # fmt: skip
 def test_a_closed_or_full_stream_ends_no_program_with_a_traceback(arguments, redirections, code, said):
@@ -348,12 +342,6 @@ def test_a_closed_or_full_stream_ends_no_program_with_a_traceback(arguments, red
         pytest.skip("needs /dev/full")
     found, _, err = shell(arguments, redirections)
     assert found == code and said in err and "Traceback" not in err and "Exception ignored" not in err, err
-
-
-@bash
-def test_a_bug_keeps_its_traceback():
-    code, _, err = shell("bug")
-    assert code == 1 and "Traceback" in err and err.endswith("ValueError: a bug\n")
 
 
 def raising(error: BaseException):
@@ -366,10 +354,10 @@ def raising(error: BaseException):
 @pytest.mark.parametrize("error, code, line", [
     (UserError("x.json: bad"), 2, "x.json: bad"), (KeyboardInterrupt(), 130, "stopped"),
     (KeyboardInterrupt("stopped; all is safe"), 130, "stopped; all is safe"),
-    (MemoryError(), 2, "out of memory; buy some"), (OSError(28, "No space left"), 2, "No space left"),
+    (MemoryError(), 2, "out of memory; buy some"), (OSError(28, "No space left", "/x"), 2, "/x: No space left"),
     (RuntimeError("CUDA out of memory. Tried\nto"), 2, "out of memory (CUDA out of memory. Tried); buy some"),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 2, "out of memory (CUDA error: CUBLAS_STATUS_ALLOC_FAILED)"
-     "; buy some"), (OSError(12, "Cannot allocate memory"), 2, "out of memory (Cannot allocate memory); buy some"),
+    (RuntimeError("x: CUBLAS_STATUS_ALLOC_FAILED"), 2, "out of memory (x: CUBLAS_STATUS_ALLOC_FAILED); buy some"),
+    (OSError(12, "Cannot allocate memory"), 2, "out of memory (Cannot allocate memory); buy some"),
     (FileNotFoundError(2, "No such file or directory"), 2, "the current folder: No such file or directory"),
     (BrokenPipeError(32, "Broken pipe"), 2, "Broken pipe")])  # fmt: skip
 def test_every_ending_is_one_line_and_a_code(error, code, line, capsys):
@@ -383,7 +371,11 @@ def test_what_is_a_bug_is_not_hidden(error):
     with pytest.raises(type(error)):
         run_script("p.py", raising(error))
     assert (sys.stdin, sys.stdout, sys.stderr) == streams
-    assert [run_script("p.py", lambda code=code: code) for code in (None, 0, 3)] == [0, 0, 3]
+
+
+@pytest.mark.parametrize("returned, code", [(None, 0), (0, 0), (3, 3)])
+def test_what_a_script_returns_is_its_code(returned, code):
+    assert run_script("p.py", lambda: returned) == code
 
 
 def test_another_package_of_our_name_does_not_take_our_place(tmp_path):
@@ -392,10 +384,3 @@ def test_another_package_of_our_name_does_not_take_our_place(tmp_path):
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, ROOT / "data" / "prepare.py", "--help"]
     assert subprocess.run(command, capture_output=True, env=env, cwd=tmp_path).returncode == 0
-
-
-def test_reading_files_loads_nothing_large():
-    code = ("import sys, data.files, data.shards, arc_data.tasks, arc_data.prepare\n"
-            "print({'torch', 'tiktoken', 'train'} & set(sys.modules))")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout == "set()\n" and done.stderr == ""

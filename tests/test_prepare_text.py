@@ -10,12 +10,13 @@ import http.server
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future
+import types
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -37,11 +38,11 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 MERGES = ("th", " t", "he", " a", "in", "er", " th", "the", " the", "  ", "    ", "\n\n", "aa", "aaaa", "..", "an", "é")
 LETTERS = "etaoinshr é日"
 BLANK = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")  # for tiktoken
-HOSTILE = ["", " \n\t ", EOT, f"the {EOT}{EOT} end", "<|endoftext", "trailing   ", "\tindented\n  more", "one\ntwo",
-           "'s", "é日本 語", "the then there " * 40, "a" * 700, "   " * 300 + "x", "日本語" * 200,
-           "\u3000\u2003 wide\u00a0", "x"]  # fmt: skip
-SOME_WHITE = st.text(" \n\t\r\x0b\x0c\u3000\x85\xa0\x1c", min_size=1, max_size=3)
-WHITE = st.builds(lambda some, times: some * times, SOME_WHITE, st.integers(1, 60))
+HOSTILE = ["", " \n\t ", EOT, f"the {EOT}{EOT} end", "<|endoftext", "trailing   ", "\tindented\n  more", "'s",
+           "é日本 語", "the then there " * 40, "a" * 700, "   " * 300 + "x", "日本語" * 200,
+           "\u3000\u2003 wide\u00a0"]  # fmt: skip
+WHITE = st.builds(lambda some, times: some * times,
+                  st.text(" \n\t\r\x0b\x0c\u3000\x85\xa0\x1c", min_size=1, max_size=3), st.integers(1, 60))
 WORD = st.sampled_from(["the", " the", "é", "日本", "'s", "x" * 50, EOT, "12", "..", "\ufeff", "\x1c"])
 TEXT = st.lists(WHITE | WORD | st.text(" \na", max_size=5), max_size=12).map("".join)
 
@@ -58,12 +59,7 @@ class Inline:
     """A pool of no processes."""
 
     def submit(self, work, *args):
-        future = Future()
-        try:
-            future.set_result(work(*args))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+        return types.SimpleNamespace(result=lambda: work(*args))
 
 
 @pytest.fixture
@@ -92,21 +88,33 @@ def documents_of(text: str) -> list[str]:
     return ["\n".join(group) for group in groups if group]
 
 
+def raw(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def columns(path: Path, **values) -> Path:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table(values), path, row_group_size=5)
+    return path
+
+
 def write(path: Path, documents: list[str]) -> Path:
     """A corpus in the format that the name's ending says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        table = pyarrow.table({"id": range(len(documents)), "text": documents})
-        parquet.write_table(table, path, row_group_size=5)
-        return path
+        pyarrow = pytest.importorskip("pyarrow")
+        return columns(path, id=range(len(documents)), text=pyarrow.array(documents, pyarrow.string()))
     if ".jsonl" in path.name:
         data = "".join(json.dumps({"text": d, "id": i}) + "\n" for i, d in enumerate(documents))
     else:
         data = "\n\n".join(documents)
-    with gzip.open(path, "wb") if path.suffix == ".gz" else open(path, "wb") as file:
-        file.write(data.encode())
-    return path
+    return raw(path, gzip.compress(data.encode()) if path.suffix == ".gz" else data.encode())
 
 
 def run(source: Path, out: Path, *more) -> int:
@@ -135,16 +143,12 @@ def meta(folder: Path) -> dict:
 
 def random_documents(seed: int, count: int = 60) -> list[str]:
     """Documents of letters and white space, some far longer than a block of these tests, some without any space."""
-    rng = random.Random(seed)
-    found = []
+    rng, found = random.Random(seed), []
     for _ in range(count):
         letters = LETTERS.replace(" ", "") if rng.random() < 0.2 else LETTERS + " \n.'"
-        length = rng.choice((3, 30, 300, 1500))
-        document = "".join(rng.choice(letters) for _ in range(rng.randint(1, length)))
-        while "\n\n" in document:
-            document = document.replace("\n\n", "\n")
+        text = "".join(rng.choices(letters, k=rng.randint(1, rng.choice((3, 30, 300, 1500)))))
         white = " " * rng.choice((0, 0, 0, 9, 400))  # some of it longer than a block
-        found.append(f"x{white}{document.strip()}{white}")
+        found.append("x" + white + re.sub(r"\n+", "\n", text).strip() + white)
     return found
 
 
@@ -155,35 +159,28 @@ def small_blocks(monkeypatch, block: int, longest: int = 1 << 18) -> None:
     monkeypatch.setattr(blocks, "ROWS", 3)
 
 
-FORMATS = ("c.jsonl", "c.jsonl.gz", "c.parquet")
+KINDS = {"utf-8": "c.txt", "utf-8-sig": "c.txt", "utf-16": "c.md", "gzip": "c.txt.gz", "jsonl": "c.jsonl",
+         "parquet": "c.parquet"}  # fmt: skip
 
 
-@pytest.mark.parametrize("block", [64, 1 << 20])
-@pytest.mark.parametrize("name", FORMATS)
-def test_the_tokens_are_those_of_each_document_alone(name, block, inline, tmp_path, monkeypatch):
-    small_blocks(monkeypatch, block)
-    assert run(write(tmp_path / name, HOSTILE), tmp_path / "out") == 0
-    assert tokens_in(tmp_path / "out") == expected(inline, HOSTILE)
-
-
-@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
-@given(text=TEXT, kind=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "gzip", "jsonl"]),
-       block=st.sampled_from([7, 16, 33, 64, 1 << 20]), longest=st.sampled_from([2, 5, 1 << 18]))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
+@given(text=TEXT, kind=st.sampled_from(sorted(KINDS)), block=st.sampled_from([7, 16, 33, 64, 1 << 20]),
+       longest=st.sampled_from([2, 5, 1 << 18]))
 @example(text="first\n" + " " * 99 + "\nsecond", kind="utf-8", block=33, longest=5)
 @example(text="!\x1c" + " " * 99 + "the", kind="utf-8", block=16, longest=1 << 18)
 @example(text="a\u3000" + " " * 40 + "the", kind="utf-8", block=16, longest=2)
-def test_white_space_of_any_length_loses_nothing(text, kind, block, longest, inline, tmp_path, monkeypatch):
-    """The tokens are those of each document alone, in however small pieces the text is read."""
+@example(text="\x0b".join(HOSTILE), kind="jsonl", block=64, longest=1 << 18)
+def test_the_tokens_are_those_of_each_document_alone(text, kind, block, longest, inline, tmp_path, monkeypatch):
+    """In however small pieces the text is read, and however long its white space is."""
     small_blocks(monkeypatch, block, longest)
-    if kind == "jsonl":
+    if kind in ("jsonl", "parquet"):
         documents = text.split("\x0b")
-        data = "".join(json.dumps({"text": d or None}) + "\n" for d in documents).encode()
+        file = write(tmp_path / KINDS[kind], [d or None for d in documents])
     else:
         text = text.lstrip("\ufeff")
         documents = documents_of(text)
-        data = gzip.compress(text.encode()) if kind == "gzip" else text.encode(kind)
-    file = raw(tmp_path / {"jsonl": "c.jsonl", "gzip": "c.txt.gz"}.get(kind, "c.txt"), data)
-    files = [{"name": file.name, "bytes": len(data)}]
+        file = raw(tmp_path / KINDS[kind], gzip.compress(text.encode()) if kind == "gzip" else text.encode(kind))
+    files = [{"name": file.name, "bytes": file.stat().st_size}]
     found = [script.encode_block(b.kind, b.data, b.inside)
              for b in blocks.all_blocks(files, lambda name: file, blocks.Position())]  # fmt: skip
     assert [int(i) for encoded in found for i in encoded.tokens] == expected(inline, documents)
@@ -197,9 +194,6 @@ def test_a_million_spaces_and_a_word_longer_than_a_block_do_not_stop_it(inline, 
     for name in ("c.txt", "c.jsonl"):
         assert run(write(tmp_path / name, documents), out := tmp_path / name[2:]) == 0
         assert inline.decode(tokens_in(out)) == "".join(EOT + d for d in documents)
-    gap = "first\n" + " " * (1 << 20) + "\nsecond" + "\n\nmore" * 20
-    assert run(raw(tmp_path / "gap.txt", gap.encode()), out := tmp_path / "gap") == 0
-    assert tokens_in(out) == expected(inline, documents_of(gap))
 
 
 class Stop(BaseException):
@@ -209,49 +203,33 @@ class Stop(BaseException):
 @contextlib.contextmanager
 def stopping(after: int):
     """Runs in here end when they have written `after` files, shards and meta.json alike: the next gets no name."""
-    done = []
+    left = iter(range(after))
 
-    def counting(one, other, replace=os.replace):
-        done.append(other)
-        if len(done) > after:
+    def replace(one, other, plain=os.replace):
+        if next(left, None) is None:
             raise Stop
-        replace(one, other)
+        plain(one, other)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", counting)
+        patch.setattr(os, "replace", replace)
         yield
 
 
-@pytest.mark.parametrize("name", [*FORMATS, "c.txt", "c.txt.gz"])
-def test_stopped_between_any_two_files_it_ends_the_same_to_the_byte(name, inline, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz", "c.parquet", "c.txt", "c.txt.gz"])
+def test_stopped_again_and_again_it_ends_the_same_to_the_byte(name, inline, tmp_path, monkeypatch):
+    """At every kind of moment: before anything is written, or with a shard that is there but not listed, and so on."""
     small_blocks(monkeypatch, 200, 90)
-    few = ("--shard-tokens", 3000, "--val-tokens", 700)
-    source = write(tmp_path / name, random_documents(1))
-    assert run(source, tmp_path / "straight", *few) == 0
-    wanted = contents(tmp_path / "straight")
-    assert len(wanted) >= 6 and meta(tmp_path / "straight")["shards"][2]["next"]["skip"] > 0
-    for writes in range(2 * len(wanted)):
-        with stopping(writes), pytest.raises(Stop):
-            run(source, out := tmp_path / f"stopped{writes}", *few)
-        assert run(source, out, *few) == 0 and contents(out) == wanted
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_stopped_again_and_again_it_ends_the_same(seed, inline, tmp_path, monkeypatch):
-    rng, name = random.Random(seed), ["c.txt", "c.jsonl", "c.txt.gz"][seed % 3]
-    small_blocks(monkeypatch, rng.choice((90, 250, 1000)), rng.choice((50, 200)))
-    few = ("--shard-tokens", rng.choice((500, 1777)), "--val-tokens", 300)
+    few = ("--shard-tokens", 900, "--val-tokens", 300)
     for part in "ab":
-        source = write(tmp_path / "in" / part / name, random_documents(seed + ord(part)))
-    source = tmp_path / "in"
-    assert run(source, tmp_path / "straight", *few) == 0
-    stops, out = 0, tmp_path / "stopped"
-    while not out.exists() or not meta(out)["complete"]:
-        with stopping(rng.randint(1, 6)), contextlib.suppress(Stop):
-            run(source, out, *few)
-        stops += 1
-        assert stops < 500
-    assert stops > 5 and contents(out) == contents(tmp_path / "straight")
+        write(tmp_path / "in" / part / name, random_documents(ord(part), 40))
+    assert run(tmp_path / "in", tmp_path / "straight", *few) == 0
+    wanted, out = contents(tmp_path / "straight"), tmp_path / "stopped"
+    assert {s["next"]["file"] for s in meta(tmp_path / "straight")["shards"] if s["next"]} == {0, 1}
+    for writes in (0, 1, 2, 3, 4, 9) * len(wanted):
+        with stopping(writes), contextlib.suppress(Stop):
+            assert run(tmp_path / "in", out, *few) == 0
+            break
+    assert contents(out) == wanted and len(wanted) > 12
 
 
 def python(*argv, cwd: Path, **env: str | None) -> subprocess.Popen:
@@ -274,32 +252,26 @@ def wait_for(condition, seconds: float = 120.0) -> bool:
     return bool(condition())
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    """12 MB of lines: seconds of work for the byte vocabulary."""
-    return write(tmp_path_factory.mktemp("corpus") / "c.jsonl", ["the then there " * 400 + str(i) for i in range(2000)])
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
-@pytest.mark.parametrize("name, code", [("SIGKILL", -9), ("SIGINT", 130), ("SIGTERM", 130), ("SIGHUP", 130)])
-def test_a_signal_leaves_whole_shards_no_process_and_the_same_end(name, code, corpus, tmp_path):
-    number = getattr(signal, name)
-    command = ("--from", corpus, "--tokenizer", "bytes", "--shard-tokens", 500_000, "--workers", 2, "--out")
-    process = python(*command, "out", cwd=tmp_path)
-    assert wait_for((tmp_path / "out" / "text_train_000002.npy").exists)
-    below = worker_pids(process.pid)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal sends it: to the workers as well
-    else:
-        process.send_signal(number)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code and (code < 0 or err.count("\n") == 1 and "the same command goes on" in err), err
-    assert wait_for(lambda: not any(Path(f"/proc/{p}/cmdline").exists() for p in below))
-    listed = {s["name"] for s in meta(tmp_path / "out")["shards"]}
-    assert len(listed) < 24 and not meta(tmp_path / "out")["complete"]
-    for name in ("out", "straight"):
-        process = python(*command, name, cwd=tmp_path)
+def test_signals_leave_whole_shards_no_process_and_the_same_end(tmp_path):
+    source = write(tmp_path / "c.jsonl", ["the then there " * 400 + str(i) for i in range(2000)])  # 12 MB
+    command = ("--from", source, "--tokenizer", "bytes", "--shard-tokens", 500_000, "--workers", 2, "--out")
+    stops = [("SIGKILL", -9), ("SIGINT", 130), ("SIGTERM", 130), ("SIGHUP", 130)]
+    for next_shard, (name, code) in enumerate(stops, 2):
+        number, process = getattr(signal, name), python(*command, "out", cwd=tmp_path)
+        assert wait_for((tmp_path / "out" / f"text_train_{3 * next_shard:06d}.npy").exists)
+        below = worker_pids(process.pid)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal sends it: to the workers as well
+        else:
+            process.send_signal(number)
         out, err = process.communicate(timeout=300)
+        assert process.returncode == code, err
+        assert code < 0 or err.count("\n") == 1 and "the same command goes on" in err, err
+        assert wait_for(lambda: not any(Path(f"/proc/{p}/cmdline").exists() for p in below))  # noqa: B023
+        assert not meta(tmp_path / "out")["complete"]
+    for name in ("out", "straight"):
+        out, err = (process := python(*command, name, cwd=tmp_path)).communicate(timeout=300)
         assert process.returncode == 0 and err == "", err
         assert ("going on behind text_train_" in out) == (name == "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "straight") and len(shard_files(tmp_path / "out")) > 24
@@ -311,8 +283,8 @@ def test_a_worker_that_dies_is_one_line():
 
 
 @pytest.mark.parametrize("asked, tokens, val", [
-    (None, 5000, 100), (None, 500, 50), (None, 999, 99), (300, 5000, 300), (300, 500, 300), (300, 300, 30),
-    (300, 301, 300), (300, 10, 1)])  # fmt: skip
+    (None, 5000, 100), (None, 999, 99), (None, 1090, 100), (300, 5000, 300), (300, 301, 300), (300, 300, 30),
+    (300, 10, 1)])  # fmt: skip
 def test_a_corpus_of_any_size_gets_a_validation_shard(asked, tokens, val, inline, tmp_path, capsys):
     source = write(tmp_path / "c.jsonl", ["x" * (tokens - 1)])
     more = ("--val-tokens", asked) if asked else ()
@@ -324,33 +296,23 @@ def test_a_corpus_of_any_size_gets_a_validation_shard(asked, tokens, val, inline
 
 
 def test_meta_json_says_what_is_there(inline, tmp_path):
-    source = write(tmp_path / "books" / "deep" / "b.jsonl", ["the end"] * 50)
-    write(tmp_path / "books" / "a.txt", ["one"] * 50)
-    (tmp_path / "books" / ".hidden.txt").write_text("no")
-    (tmp_path / "books" / "picture.png").write_bytes(b"no")
-    write(tmp_path / "elsewhere" / "c.TXT", ["linked"])
-    (tmp_path / "books" / "more").symlink_to("../elsewhere", target_is_directory=True)
-    (tmp_path / "books" / "loop").symlink_to(".", target_is_directory=True)
-    assert run(source.parents[1], out := tmp_path / "out", "--shard-tokens", 200, "--val-tokens", 60) == 0
+    write(tmp_path / "books" / "deep" / "b.jsonl", ["the end"] * 50)
+    write(tmp_path / "books" / "a.TXT", ["one"] * 50)
+    write(tmp_path / "books" / "picture.png", ["no"])
+    assert run(tmp_path / "books", out := tmp_path / "out", "--shard-tokens", 200, "--val-tokens", 60) == 0
     found = meta(out)
-    assert found.keys() == {"format", "source", "revision", "files", "tokenizer", "vocab_size", "end_of_text", "dtype",
-                            "shard_tokens", "val_tokens", "complete", "shards"}  # fmt: skip
     assert (found["source"], found["tokenizer"], found["vocab_size"]) == ("books", "gpt2", 50257)
     assert (found["end_of_text"], found["dtype"], found["complete"]) == (50256, "uint16", True)
-    assert [f["name"] for f in found["files"]] == ["a.txt", "deep/b.jsonl", "more/c.TXT"]
-    assert {s["name"] for s in found["shards"]} == {f.name for f in shard_files(out)}
+    assert [f["name"] for f in found["files"]] == ["a.TXT", "deep/b.jsonl"]
+    assert [s["name"] for s in found["shards"]] == [f.name for f in shard_files(out)]
     for shard in found["shards"]:
         data, tokens = (out / shard["name"]).read_bytes(), np.load(out / shard["name"])
         assert tokens.dtype == np.uint16 and shard["tokens"] == len(tokens) and shard["bytes"] == len(data)
         assert shard["documents"] == (tokens == 50256).sum() and shard["sha256"] == hashlib.sha256(data).hexdigest()
-        assert shard["split"] == ("val" if "val" in shard["name"] else "train")
-
-
-def test_the_readers_read_what_is_written(inline, tmp_path):
-    assert run(write(tmp_path / "c.txt", random_documents(3)), out := tmp_path / "out", "--shard-tokens", 2000) == 0
-    assert shards.read_meta(out)["complete"]
-    val, *train = [shards.read_shard(f) for split in ("val", "train") for f in shards.shard_files(out, split)]
-    assert np.concatenate([val[:], *(shard[:] for shard in train)]).tolist() == tokens_in(out) and len(val) == 200
+    for split in ("val", "train"):  # and the readers find the same
+        files = shards.shard_files(out, split)
+        assert [f.name for f in files] == [s["name"] for s in found["shards"] if s["split"] == split] != []
+        assert all(np.array_equal(shards.read_shard(f)[:], np.load(f)) for f in files)
 
 
 def test_a_finished_folder_is_checked_and_left_alone(inline, tmp_path, capsys):
@@ -362,11 +324,12 @@ def test_a_finished_folder_is_checked_and_left_alone(inline, tmp_path, capsys):
     assert {f: f.stat().st_mtime_ns for f in out.iterdir()} == times
     flipped = bytearray(wanted["text_train_000002.npy"])
     flipped[-1] ^= 1
-    for spoil in (lambda f: f.write_bytes(flipped), lambda f: f.write_bytes(b""), lambda f: f.unlink()):
-        for name in ("text_val_000000.npy", "text_train_000002.npy", shard_files(out)[-1].name):
-            spoil(out / name)
-            assert run(source, out, *few) == 0 and contents(out) == wanted
-            assert f"{name} is missing or damaged" in capsys.readouterr().out
+    for name, spoil in (("text_train_000002.npy", lambda f: f.write_bytes(flipped)),
+                        ("text_val_000000.npy", lambda f: f.write_bytes(b"")),
+                        (shard_files(out)[-1].name, Path.unlink)):  # fmt: skip
+        spoil(out / name)
+        assert run(source, out, *few) == 0 and contents(out) == wanted
+        assert f"{name} is missing or damaged" in capsys.readouterr().out
 
 
 def refused(capsys, code: int, *words: str) -> None:
@@ -381,9 +344,10 @@ def test_other_settings_or_sources_are_refused(inline, tmp_path, capsys):
     assert run(source, out := tmp_path / "out", "--shard-tokens", 2000) == 0
     before = contents(out)
     capsys.readouterr()
-    refused(capsys, run(source, out, "--shard-tokens", 3000), "--shard-tokens 2000, not 3000", "--out")
-    refused(capsys, run(source, out, "--shard-tokens", 2000, "--val-tokens", 9), "--val-tokens default, not 9")
-    refused(capsys, run(source, out, "--shard-tokens", 2000, "--tokenizer", "bytes"), "--tokenizer gpt2, not bytes")
+    for more, words in ((("--shard-tokens", 3000), "--shard-tokens 2000, not 3000"),
+                        (("--val-tokens", 9), "--val-tokens default, not 9"),
+                        (("--tokenizer", "bytes"), "--tokenizer gpt2, not bytes")):  # fmt: skip
+        refused(capsys, run(source, out, "--shard-tokens", 2000, *more), words, "--out")
     refused(capsys, run(write(tmp_path / "d.txt", ["d"]), out, "--shard-tokens", 2000), "source c.jsonl, not d.txt")
     for changed in (random_documents(6), random_documents(5)[::-1], random_documents(5)[:-1]):  # the second: same size
         refused(capsys, run(write(source, changed), out, "--shard-tokens", 2000), "c.jsonl", "delete")
@@ -407,51 +371,25 @@ BAD_LINES = {"not JSON": '{"text": "a"', "a list": '["text"]', "no text": '{"txt
 
 
 @pytest.mark.parametrize("bad", BAD_LINES)
-@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
-def test_a_bad_line_is_named(bad, ending, inline, tmp_path, capsys, monkeypatch):
+def test_a_bad_line_is_named(bad, inline, tmp_path, capsys, monkeypatch):
     small_blocks(monkeypatch, 300)
     lines = [json.dumps({"text": f"number {i}"}) + "\n" * (1 + i % 2) for i in range(40)]  # some lines are empty
     text = "".join(lines) + BAD_LINES[bad] + "\n" + lines[0]
-    raw(tmp_path / f"c{ending}", gzip.compress(text.encode()) if ending == ".jsonl.gz" else text.encode())
-    refused(capsys, run(tmp_path / f"c{ending}", tmp_path / "out"), f"c{ending}, line 61 ", "repair or remove")
+    source = raw(tmp_path / "c.jsonl.gz", gzip.compress(text.encode()))
+    refused(capsys, run(source, tmp_path / "out"), "c.jsonl.gz, line 61 ", "repair or remove")
     assert shard_files(tmp_path / "out") == []
-
-
-def cut_short(path: Path) -> Path:
-    path.write_bytes(path.read_bytes()[:-9])
-    return path
-
-
-def raw(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path
-
-
-def columns(path: Path, **values: list) -> Path:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.table(values), path)
-    return path
-
-
-def folder(path: Path) -> Path:
-    path.mkdir()
-    return path
 
 
 BAD_SOURCES = {
     "missing": (lambda p: p / "none.txt", "does not exist"),
     "unknown ending": (lambda p: raw(p / "c.pdf", b"%PDF"), ".parquet"),
     "empty folder": (lambda p: folder(p / "empty"), "holds no file"),
-    "truncated gzip": (lambda p: cut_short(write(p / "c.jsonl.gz", HOSTILE)), "c.jsonl.gz is damaged"),
-    "no gzip": (lambda p: raw(p / "c.txt.gz", b"plain"), "c.txt.gz is damaged"),
-    "truncated parquet": (lambda p: cut_short(write(p / "c.parquet", HOSTILE)), "c.parquet is damaged"),
+    "truncated gzip": (lambda p: raw(p / "c.txt.gz", gzip.compress(b"text")[:-9]), "c.txt.gz is damaged"),
     "no parquet": (lambda p: raw(p / "c.parquet", b"plain"), "c.parquet is damaged"),
     "no column": (lambda p: columns(p / "c.parquet", content=["a"]), "its columns are content"),
     "odd UTF-16": (lambda p: raw(p / "c.txt", "some text".encode("utf-16")[:-1]), "truncated"),
     "pipe": (lambda p: os.mkfifo(p / "c.txt") or p / "c.txt", "not an ordinary file"),
-    "broken link": (lambda p: (folder(p / "in") / "c.txt").symlink_to("gone") or p / "in", "c.txt: a broken link"),
     "no strings": (lambda p: columns(p / "c.parquet", text=[1]), "int64, not strings"),
-    "empty file": (lambda p: raw(p / "c.txt", b""), "0 tokens"),
     "blank lines": (lambda p: raw(p / "c.txt", b"\n \n\n"), "0 tokens"),
     "too small": (lambda p: raw(p / "c.txt", b"x"), "2 tokens"),
 }
@@ -469,58 +407,33 @@ def test_a_folder_with_other_shards_is_refused(inline, tmp_path, capsys):
     source, out = write(tmp_path / "c.txt", ["x"] * 50), folder(tmp_path / "out")
     np.save(out / "mine_train_000001.npy", np.zeros(9, np.uint16))
     refused(capsys, run(source, out), "mine_train_000001.npy", "another --out")
-    good = script.new_meta("c.txt", None, [], "gpt2", shard_tokens=9, val_tokens=None)
-    for text in ("{", "[]", '{"format": 1, "shards": []}', json.dumps(good | {"shards": [{"name": "x"}]})):
-        (out / "meta.json").write_text(text)
-        refused(capsys, run(source, out), "meta.json", "another --out")
+    (out / "meta.json").write_text('{"format": 1, "shards": []}')
+    refused(capsys, run(source, out), "meta.json", "another --out")
     refused(capsys, run(source, raw(tmp_path / "file", b"")), "file")
     assert sorted(os.listdir(out)) == ["meta.json", "mine_train_000001.npy"]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(inline, tmp_path, capsys, monkeypatch):
-    source, out = write(tmp_path / "c.jsonl", random_documents(9)), tmp_path / "out"
-    assert run(source, tmp_path / "straight", "--shard-tokens", 1000) == 0
-    capsys.readouterr()
-    save, saved = np.save, []
-
-    def full(file, tokens):
-        saved.append(file)
-        file.write(b"half")
-        if len(saved) == 4:
-            raise OSError(28, "No space left on device", file.name)
-        file.seek(0)
-        save(file, tokens)
-
-    monkeypatch.setattr(script.np, "save", full)
-    refused(capsys, run(source, out, "--shard-tokens", 1000), "No space left")
-    monkeypatch.setattr(script.np, "save", save)
-    assert len(shard_files(out)) == 3 and not [f for f in os.listdir(out) if f.endswith(".tmp")]
-    assert run(source, out, "--shard-tokens", 1000) == 0 and contents(out) == contents(tmp_path / "straight")
-
-
-@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "binary", "large_binary", "dictionary"])
+@pytest.mark.parametrize("kind", ["large_string", "string_view", "binary", "large_binary", "dictionary"])
 def test_text_in_every_kind_of_column(kind, inline, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     if kind == "string_view" and not hasattr(pyarrow, kind):
         pytest.skip("this pyarrow has no string views")
-    documents = [d.encode() if "binary" in kind else d for d in HOSTILE]
-    array = pyarrow.array(documents, None if kind == "dictionary" else getattr(pyarrow, kind)())
-    columns(tmp_path / "c.parquet", text=array.dictionary_encode() if kind == "dictionary" else array)
-    assert run(tmp_path / "c.parquet", tmp_path / "out") == 0
+    array = pyarrow.array([d.encode() if "binary" in kind else d for d in HOSTILE])
+    array = array.dictionary_encode() if kind == "dictionary" else array.cast(getattr(pyarrow, kind)())
+    assert run(columns(tmp_path / "c.parquet", text=array), tmp_path / "out") == 0
     assert tokens_in(tmp_path / "out") == expected(inline, HOSTILE)
 
 
-def test_what_is_not_text_is_repaired_and_counted(inline, tmp_path, capsys):
-    text = raw(tmp_path / "c.txt", b"good one\n\nbad \xff\xfe one\n\n\xe9t\xe9" + b"\n\nlong" * 9)
-    assert run(text, tmp_path / "text") == 0
-    documents = ["good one", "bad \ufffd\ufffd one", "\ufffdt\ufffd", *["long"] * 9]
-    assert tokens_in(tmp_path / "text") == expected(inline, documents)
-    assert "2 documents were not UTF-8" in capsys.readouterr().out
-    lines = raw(tmp_path / "c.jsonl", b'{"text": "half \\ud83d pair"}\r\n{"text": null}\n{"text": "bad \xff"}\n' * 3)
-    assert run(lines, tmp_path / "lines") == 0
-    assert tokens_in(tmp_path / "lines") == expected(inline, ["half \ufffd pair", "bad \ufffd"] * 3)
+@pytest.mark.parametrize("name, data, documents, words", [
+    ("c.txt", b"good one\n\nbad \xff\xfe one\n\n\xe9t\xe9", ["good one", "bad \ufffd\ufffd one", "\ufffdt\ufffd"],
+     ["2 documents were not UTF-8"]),
+    ("c.jsonl", b'{"text": "half \\ud83d pair"}\r\n{"text": null}\n{"text": "bad \xff"}',
+     ["half \ufffd pair", "bad \ufffd"], ["1 documents were not UTF-8", "1 documents without any text"])])
+def test_what_is_not_text_is_repaired_and_counted(name, data, documents, words, inline, tmp_path, capsys):
+    assert run(raw(tmp_path / name, data), tmp_path / "out") == 0
+    assert tokens_in(tmp_path / "out") == expected(inline, documents)
     said = capsys.readouterr().out
-    assert "3 documents were not UTF-8" in said and "3 documents without any text" in said
+    assert all(word in said for word in words), said
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -538,15 +451,14 @@ def test_a_command_that_makes_no_sense_is_one_line(argv, words, capsys):
 
 
 @pytest.mark.parametrize("argv", [["--pretokenized", "3"], ["--tokenize", "--tokenizer", "bytes"]])
-def test_without_a_network_it_says_so_at_once(argv, tmp_path):
+def test_without_a_network_it_says_so_at_once(argv, tmp_path, capsys, monkeypatch):
     if argv[0] == "--tokenize":
         pytest.importorskip("pyarrow")
-    began = time.monotonic()
-    process = python(*argv, "--out", "out", cwd=tmp_path, HF_HUB_OFFLINE=None, HF_ENDPOINT="http://127.0.0.1:9")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 2 and out == "" and err.count("\n") == 1, err
-    assert "http://127.0.0.1:9 cannot be reached" in err and "HTTPS_PROXY" in err and "--from" in err
-    assert not (tmp_path / "out").exists() and time.monotonic() - began < 30  # two seconds on a quiet machine
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    refused(capsys, main([*argv, "--out", str(tmp_path / "out")]),
+            "http://127.0.0.1:9 cannot be reached", "HTTPS_PROXY", "--from")  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_network_that_does_not_answer_is_not_waited_for(monkeypatch):
@@ -592,33 +504,27 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     commit, files, listed, served = "a" * 40, {}, {}, []  # commit now; commit -> {name: data}; checksums told; GETs
 
-    def do_HEAD(self):
-        self.answer(body=False)
-
     def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
-        headers, data = {}, None
-        if path.startswith("api/") and "/tree/" in path:
+        head, headers, data = self.command == "HEAD", {}, None
+        if "/tree/" in path:
             commit, _, below = path.split("/tree/")[1].partition("/")
-            found = [n for n in self.files[commit] if n.rpartition("/")[0] == below]
-            data = json.dumps([self.entry(n, self.files[commit][n]) for n in found]).encode()
+            found = [self.entry(n, d) for n, d in self.files[commit].items() if n.rpartition("/")[0] == below]
+            data = json.dumps(found).encode()
         elif path.startswith("api/"):
             data = json.dumps({"id": "x/y", "sha": Hub.commit}).encode()
         elif "/resolve/" in path:
             commit, _, name = path.split("/resolve/")[1].partition("/")
-            data = self.files.get(commit, {}).get(name)
+            data = self.files[commit].get(name)
             headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(data or b"").hexdigest()}"'}
-            if body:
-                self.served.append((commit, name))
+            self.served += [] if head else [(commit, name)]
         self.send_response(200 if data is not None else 404)
         for key, value in (headers | {"Content-Length": str(len(data or b""))}).items():
             self.send_header(key, value)
         self.end_headers()
-        if body and data:
-            self.wfile.write(data)
+        self.wfile.write(b"" if head else data or b"")
+
+    do_HEAD = do_GET
 
     def entry(self, name: str, content: bytes) -> dict:
         told = self.listed.get(name, hashlib.sha256(content).hexdigest())
@@ -633,21 +539,20 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def hub(tmp_path, monkeypatch):
     """(the handler with its files, a function that runs the script against it: (exit code, stdout, last of stderr))."""
     pytest.importorskip("huggingface_hub")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     for name, value in (("commit", "a" * 40), ("files", {}), ("listed", {}), ("served", [])):
         monkeypatch.setattr(Hub, name, value)
-    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": None, "NO_PROXY": "127.0.0.1",
-           "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
 
     def run(*argv, **more):
+        env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": None,
+               "NO_PROXY": "127.0.0.1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         process = python(*argv, "--out", "out", cwd=tmp_path, **env | more)
         out, err = process.communicate(timeout=300)
         return process.returncode, out, (err.splitlines() or [""])[-1]
 
-    yield Hub, run
-    server.shutdown()
-    server.server_close()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield Hub, run
+        server.shutdown()
 
 
 def ready(*tokens: int) -> bytes:
@@ -678,8 +583,7 @@ def test_ready_shards_are_fetched_checked_and_not_fetched_again(hub, tmp_path):
     assert run("--pretokenized", 1)[0] == 0 and server.served == [("a" * 40, names[0])]
     assert run("--pretokenized", 2, HF_ENDPOINT="http://127.0.0.1:9")[1].startswith("out is complete already: 1 valid")
     code, _, err = run("--pretokenized", 4)
-    assert code == 2 and "--pretokenized 4" in err and "3 training shards" in err
-    assert run("--tokenize", "--tokenizer", "bytes")[0] == 2  # not into the same folder
+    assert code == 2 and "3 training shards" in err
 
 
 def test_fineweb_is_fetched_and_tokenised_and_its_revision_kept(hub, tmp_path):
@@ -701,5 +605,4 @@ def test_fineweb_is_fetched_and_tokenised_and_its_revision_kept(hub, tmp_path):
     assert code == 0 and "going on behind" in out, err
     wanted = [i for d in sum(documents, []) for i in (256, *d.encode())]
     assert tokens_in(tmp_path / "out") == wanted and meta(tmp_path / "out")["revision"] == "a" * 40
-    assert [np.load(f).size for f in shard_files(tmp_path / "out")][:3] == [1500] * 3
-    assert shard_files(tmp_path / "out")[0].name == "edufineweb_val_000000.npy"
+    assert [np.load(f).size for f in shard_files(tmp_path / "out")][:3] == [1500] * 3  # the first one for validation
