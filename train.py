@@ -748,7 +748,7 @@ _NANO = dict(d_model=128, n_head=4, d_state=32, headdim=32, d_ff=344, chunk_size
 _LONG = dict(eval_every=500, save_every=500)
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "arc": {
-        "nano": _ARC | _NANO | dict(pattern="MAMA", block_size=1024, max_grid=10, focus=0.4),
+        "nano": _ARC | _NANO | dict(pattern="MA", block_size=1024, max_grid=10, focus=0.4),
         "small": _ARC | _LONG | dict(packed=True, d_model=512, pattern="MAMAMAMA", n_head=8, d_ff=1344),
         "base": _ARC | _LONG | dict(packed=True, d_model=768, pattern="MAMAMAMAMA", n_head=12, d_ff=2048),
     },

@@ -72,10 +72,11 @@ class Variant(NamedTuple):
 
 # What has been decided is no variant any more: bench/LOG.md keeps its numbers.
 VARIANTS = {
-    "base": Variant("the default recipe: MAMA, task token with scale and shift, grid positions, hints, focus, "
+    "base": Variant("the default recipe: MA, task token with scale and shift, grid positions, hints, focus, "
                     "NorMuon, every output"),
-    "aaaa": Variant("attention only; d_ff for equal parameters", "--pattern AAAA --d-ff 400"),
-    "mmmm": Variant("Mamba-2 only; d_ff for equal parameters", "--pattern MMMM --d-ff 288"),
+    "mama": Variant("twice as deep", "--pattern MAMA"),
+    "aa": Variant("attention only; d_ff for equal parameters", "--pattern AA --d-ff 400"),
+    "mm": Variant("Mamba-2 only; d_ff for equal parameters", "--pattern MM --d-ff 288"),
     "task-kept": Variant("no sequence goes without its task's token", patch={"TASK_DROPOUT": 0.0}),
     "dropout": Variant("dropout on what each mixer and MLP adds", "--dropout 0.1"),
     "cosine": Variant("half a cosine in place of stable and decay", patch={"schedule": cosine}),

@@ -118,7 +118,7 @@ def test_patches_end_with_the_run(base):
     assert train.time is time and train.GPT is recipe.GPT and train.finish.__module__ == "train"
 
 
-@pytest.mark.parametrize("name", ["aaaa", "mmmm"])
+@pytest.mark.parametrize("name", ["aa", "mm"])
 def test_patterns_have_equal_parameters(name):
     def count(flags: str) -> int:
         given = vars(train.make_parser().parse_args(f"{recipe.COMMON} {flags}".split()))
