@@ -55,7 +55,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from arc_data.layout import END, HINTS, IN, OUT, ROW, GridLayout
+from arc_data.layout import END, HINTS, IN, OUT, ROW, GridLayout, true_first
 from arc_data.tasks import Grid, Pair, Task, apply_symmetry, as_json, base_task, load_arc, random_colours
 from data.files import UserError, digest, from_here, reason, run_script, write_json
 from data.flags import Parser, option
@@ -393,7 +393,7 @@ class GPT(Layer):
             col, row, grid, output = (v.gather(1, at).clamp(0, 31) for v in layout[:4])
             x = x + self.embed_col(col) + self.embed_row(row) + self.embed_role(output)
             hinted = output if self.config.recall else torch.ones_like(output)  # there is no hint on inputs
-            some = hinted.argsort(dim=1, descending=True, stable=True)[:, : max(1, int(hinted.sum(1).max()))]  # (B, M)
+            some = true_first(hinted)  # (B, M)
             near = self.embed_near(layout.hints(tokens, at.gather(1, some), self.config.recall))  # (B, M, D)
             near = near.to(x.dtype) * hinted.gather(1, some)[..., None]
             x = x.scatter_add(1, some[..., None].expand_as(near), near)

@@ -35,6 +35,11 @@ SIGHTS = [  # columns of `GridLayout.cells` that are looked for together
 HINTS = 15 * (25 + 4 * len(SIGHTS) + 2)  # one-hot cells and recalled tokens, and two votes
 
 
+def true_first(mask: Tensor) -> Tensor:
+    """Indices (B, M) of each row's true positions in `mask` (B, T), in order; a row with fewer ends with false ones."""
+    return mask.long().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(mask.sum(1).max()))]
+
+
 class GridLayout(NamedTuple):
     """Where each token stands in its grid, recovered from the tokens alone; every field is (B, T) int64.
 
@@ -160,7 +165,7 @@ class GridLayout(NamedTuple):
 
         Nothing is looked up but in outputs, so that their positions alone are gone through.
         """
-        outputs = self.output.argsort(dim=1, descending=True, stable=True)[:, : max(1, int(self.output.sum(1).max()))]
+        outputs = true_first(self.output)
         here = GridLayout(*(v.gather(1, outputs) for v in self))
         cells, after = here.cells(tokens), F.pad(tokens[:, 1:], (0, 1)).gather(1, outputs).clamp(max=14)
         seen, votes, kinds, none = cells[:9], cells.new_zeros(0, *outputs.shape), 11, [10] * 9
