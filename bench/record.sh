@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
-export TRITON_CACHE_AUTOTUNING=1 PYTHONUNBUFFERED=1 RECORD_BEGAN
+export PYTHONUNBUFFERED=1 RECORD_BEGAN
 RECORD_BEGAN=$(date +%s)
 [ -d "$data" ] || "$python" arc_data/prepare.py --version "$(basename "$data")"
 

@@ -500,8 +500,9 @@ def load_scan() -> types.ModuleType:
     """mamba-ssm's `ops.triton.ssd_combined`, without that package's compiled extensions, each kernel in one size.
 
     `import mamba_ssm` would load those, so an empty module with the package's path stands in for it. Upstream tries
-    some hundred sizes of tiles when a run starts, minutes of compiling; for states and heads of 64 channels one near
-    TILE is the fastest of each kernel (measured on an H200, bench/LOG.md).
+    some two hundred sizes when a run starts, minutes of compiling. For states and heads of 64 channels the one near
+    TILE is the fastest of seven kernels on an H200, or within 2 % of it (bench/results/2026-11-27-scan-tilings.jsonl);
+    the other seven were not measured.
     """
     if "mamba_ssm" not in sys.modules:
         spec = importlib.util.find_spec("mamba_ssm")
