@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -33,9 +33,11 @@ STEP = SIDE + 0.25
 def find_question(run: solve.Run, name: str) -> tuple[Question, list[Grid | None]]:
     """A task by its file, or by its name in the folder that the run learned from, with its answers."""
     if Path(name).is_file():
-        (question,), truths = solve.read_questions(Path(name), "", ())
-        return question, truths[question.name]
-    path = solve.data_path(argparse.Namespace(data_dir=""), run)
+        questions, truths = solve.read_questions(Path(name), "", ())
+        if len(questions) != 1:
+            raise UserError(f"{name} holds {len(questions)} tasks; give a file of one")
+        return questions[0], truths[questions[0].name]
+    path = solve.data_path(solve.Settings(), run)
     for split in ("evaluation", "training"):
         questions, truths = solve.read_questions(path, split, ())
         if found := [q for q in questions if q.name == name]:
@@ -79,7 +81,8 @@ def draw_views(path: Path, question: Question, shown: Shown, truth: Grid | None)
         ("answers", [(a if a is None else v.show(a), "", QUIET) for v, a in views]),
         ("turned back", [(a, "" if a is None else f"{votes(a)} of {len(views)} say so", colour(a)) for _, a in views]),
         ("the result", [(first, f"first attempt, {votes(first)} votes", colour(first)),
-                        (second, f"second, {votes(second)} votes", colour(second)), (truth, "truth", QUIET)]),
+                        (second, f"second, {votes(second)} votes", colour(second))]
+         + [(truth, "truth", QUIET)] * (truth is not None)),
     ]
     with style.context(STYLE, after_reset=True):
         width, height = STEP * max(len(cells) for _, cells in rows) + 0.4, (STEP + 0.4) * len(rows) + 0.2
@@ -108,10 +111,13 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         run = solve.read_run(args.run)
         question, truths = find_question(run, args.task)
-        if not 1 <= args.test <= len(truths) or args.views < 1:
-            raise UserError(f"{args.task} has {len(truths)} test inputs; --test counts from 1, and so does --views")
+        if args.views < 1:
+            raise UserError(f"--views is {args.views}; it must be at least 1")
+        if not 1 <= args.test <= len(truths):
+            raise UserError(f"--test is {args.test}; {args.task} has {len(truths)} test inputs, counted from 1")
         model, _ = solve.load_model(args.run, run.model_cfg)
-        runtime = train.Runtime.start(run.cfg, distributed=False)
+        here = dataclasses.replace(run.cfg, device="auto", dtype="auto", kernels="auto")  # perhaps another machine
+        runtime = train.Runtime.start(here, distributed=False)
         model.to(runtime.device).eval().use(runtime.ops)
         shown = Shown(question, args.test - 1, args.views, 0, run.model_cfg.block_size, run.task_tokens)
         answer_in_views(model, [shown], runtime, 1 << 15)
