@@ -237,7 +237,7 @@ def generate(model: GPT, tokens: Tensor, lengths: Tensor, max_new_tokens: int, s
 
 MARGIN = 8  # tokens that a draft has at least
 REACH = 32  # tokens of a draft that a pass takes at least, and four more for each one that the pass before confirmed
-PASS = {"cpu": 200, "cuda": 1 << 14}  # tokens that take as long as what a pass costs whatever its size
+PASS = {"cpu": 200, "cuda": 1 << 14}  # tokens that take as long as a pass of none; CUDA: a guess
 
 
 def padded(rows: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -426,7 +426,7 @@ def flex():
 
 
 @functools.lru_cache(maxsize=1)  # all layers ask for that of the same batch
-def block_mask(documents: Tensor, size: int = 128):
+def block_mask(documents: Tensor):
     """FlexAttention's mask: position i sees j where j is not later and of the same document.
 
     Ids ascend, so the first and last ones of two blocks of positions say whether all, some or none of these see each
@@ -434,7 +434,7 @@ def block_mask(documents: Tensor, size: int = 128):
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    t = documents.shape[1]
+    size, t = 128, documents.shape[1]
     index = torch.arange(0, t, size, device=documents.device)
     first, last = documents[:, index, None], documents[:, (index + size - 1).clamp(max=t - 1), None]
     earlier, itself = index[:, None] > index, index[:, None] == index
