@@ -32,6 +32,7 @@ MODELS = {"hybrid": "", "attention": "--pattern AAAA --d-ff 430", "mamba": "--pa
 def one(out: Path, data: Path, name: str, seed: int, minutes: float) -> dict[str, Any]:
     """Train one model in this process; its row."""
     import train
+    from extras import runs
 
     folder = out / f"{name}-{seed}-{minutes:g}"
     flags = f"--dataset fineweb --preset nano --device cpu --eval-every 0 --seed {seed} --max-minutes {minutes:g}"
@@ -41,7 +42,7 @@ def one(out: Path, data: Path, name: str, seed: int, minutes: float) -> dict[str
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             if train.main(argv):
                 raise SystemExit(f"text.py: {name} seed {seed} was refused; see {folder}.log")
-    model = train.GPT(train.load_config(folder)[0])
+    model = train.GPT(runs.load_config(folder)[0])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps, last = [line for line in lines if "loss" in line], lines[-1]
     return {"model": name, "seed": seed, "minutes": minutes, "flags": MODELS[name], "steps": len(steps),

@@ -8,6 +8,7 @@ import math
 import pytest
 from helpers import TINY, make_quick, metrics, run
 
+from bench import text
 from data import prepare
 from data.files import UserError
 from extras import decode
@@ -52,6 +53,12 @@ def test_without_its_tokenizer_the_sample_says_why(shards, monkeypatch):
     decode.tokenizer_at_hand.cache_clear()
     last = metrics(shards.parent / "run")[-1]
     assert last["sample"] == "none: bytes: cannot be downloaded" and "bits_per_byte" not in last
+
+
+def test_the_benchmark_gives_a_row_for_a_model(shards, tmp_path):
+    row = text.one(tmp_path, shards, "attention", seed=0, minutes=0.01)
+    assert row["steps"] >= 1 and row["val_loss"] / math.log(2) < row["bits_per_byte"] and row["parameters"] > 500_000
+    assert {"model": "attention", "seed": 0, "flags": text.MODELS["attention"]}.items() <= row.items()
 
 
 @pytest.mark.parametrize("what, said", [("cut", "bytes that meta.json names"), ("json", "cannot be read as JSON"),
