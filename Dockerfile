@@ -1,4 +1,4 @@
-# Training, tests and the other scripts on a machine with an NVIDIA GPU, or on its CPU. See README, "Docker".
+# Training, tests and the other scripts on a machine with an NVIDIA GPU, or on its CPU. See docs/install.md.
 #
 #   docker build -t hybrid .
 #   mkdir -p runs

@@ -507,7 +507,7 @@ def load_scan() -> types.ModuleType:
     if "mamba_ssm" not in sys.modules:
         spec = importlib.util.find_spec("mamba_ssm")
         if spec is None:
-            raise ImportError("mamba-ssm is not installed (README: Installing mamba-ssm)")
+            raise ImportError("mamba-ssm is not installed (docs/install.md says how)")
         package = types.ModuleType("mamba_ssm")
         package.__path__, package.__spec__ = list(spec.submodule_search_locations), spec
         sys.modules["mamba_ssm"] = package

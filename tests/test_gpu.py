@@ -1,5 +1,5 @@
 """What only a machine with an NVIDIA GPU can show. Elsewhere these tests skip with the reason, or, where a GPU is
-expected (REQUIRE_GPU=1, as in the README's Docker and conda recipes), fail with it.
+expected (REQUIRE_GPU=1, as in docs/install.md's Docker recipe), fail with it.
 """
 
 import gc

@@ -190,7 +190,7 @@ def look_at_gpu(report, torch, i):
     try:
         major, minor = torch.cuda.get_device_capability(i)
         free, total = torch.cuda.mem_get_info(i)
-        precision = "bf16" if (major, minor) >= (8, 0) else "no bf16 units, trains in fp32"
+        precision = "bf16" if (major, minor) >= (8, 0) else "no bf16 units, trains in fp16"
         report.say(f"gpu {i}", f"{torch.cuda.get_device_name(i)}, capability {major}.{minor} ({precision}), "
                    f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
         a = torch.ones(64, 64, device=f"cuda:{i}")
@@ -219,7 +219,7 @@ def look_at_ops(report):
         try:
             train.pick_ops(runtime.device, runtime.dtype, "triton")
         except UserError as error:
-            mend = KERNELS if version("mamba-ssm") is None else "see README, \"Installing mamba-ssm\""
+            mend = KERNELS if version("mamba-ssm") is None else "see docs/install.md"
             report.problem(f"training works, but slower: {error}", mend)
 
 
