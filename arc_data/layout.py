@@ -92,7 +92,7 @@ class GridLayout(NamedTuple):
         """
         r, c, h, w = self.row, self.col, self.source_rows.clamp(min=1), (self.source_stride - 1).clamp(min=1)
         around = [(r + i, c + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-        turned = [(h - 1 - r, c), (r, w - 1 - c), (h - 1 - r, w - 1 - c), (c, r), (w - 1 - c, h - 1 - r),
+        turned = [(h - 1 - r, c), (r, w - 1 - c), (h - 1 - r, w - 1 - c), (c, r), (h - 1 - c, w - 1 - r),
                   (h - 1 - c, r), (c, w - 1 - r)]
         tiled = [(r % h, c % w), (r // h, c // w), (r // 2, c // 2), (r // 3, c // 3)]
         written = [(r - 1, c - 1), (r - 1, c), (r - 1, c + 1), (r, c - 2), (r, c - 1)]

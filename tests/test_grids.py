@@ -217,7 +217,7 @@ def cells_seen(here, tokens):
         there = here["output"] and here["source"] >= 0 and 0 <= row < height and 0 <= col < width
         return min(tokens[start + 1 + row * (width + 1) + col], 10) if there else 10
 
-    turned = [(h - 1 - r, c), (r, w - 1 - c), (h - 1 - r, w - 1 - c), (c, r), (w - 1 - c, h - 1 - r), (h - 1 - c, r),
+    turned = [(h - 1 - r, c), (r, w - 1 - c), (h - 1 - r, w - 1 - c), (c, r), (h - 1 - c, w - 1 - r), (h - 1 - c, r),
               (c, w - 1 - r)]
     tiled = [(r % max(h, 1), c % max(w, 1)), (r // max(h, 1), c // max(w, 1)), (r // 2, c // 2), (r // 3, c // 3)]
     around = [(r + i, c + j) for i, j in itertools.product((-1, 0, 1), repeat=2)]
@@ -278,6 +278,16 @@ def test_hints_of_official_tasks_equal_a_walk(official):
     for i in rng.choice(len(short), 6, replace=False):
         tokens = sequence(short[i]).tolist()
         assert_hints_equal_a_walk(tokens, sorted(rng.choice(len(tokens) - 1, 12, replace=False).tolist()))
+
+
+@given(st.integers(0, 7), st.integers(1, 5), st.integers(1, 5), st.randoms(use_true_random=False))
+def test_one_cell_follows_each_symmetry_of_the_input(symmetry, height, width, random):
+    grid = np.array([[random.randrange(10) for _ in range(width)] for _ in range(height)], dtype=np.uint8)
+    tokens = torch.from_numpy(sequence([(grid, apply_symmetry(grid, symmetry))]))[None]
+    layout, following = GridLayout.of(tokens), tokens[:, 1:]
+    said = (layout.output[:, :-1] == 1) & (following < 10)
+    seen = layout.cells(tokens)[[4, *range(9, 16)], :, :-1]
+    assert ((seen == following) | ~said).flatten(1).all(1).any()
 
 
 def test_layout_of_official_tasks_says_where_each_cell_stands(official):
