@@ -5,7 +5,7 @@
 """Train a hybrid Mamba-2 / attention GPT from scratch on one machine, on ARC tasks or on FineWeb-Edu token shards.
 
     python train.py --dataset arc --batch-size 16                    # 8 minutes on a CPU, 60 of a larger model on CUDA
-    python train.py --dataset arc --batch-size 16 --resume --out-dir runs/arc --max-minutes 16
+    python train.py --dataset arc --preset laptop                    # an hour on a CPU: grids up to 20 x 20
     python train.py --dataset fineweb --preset gpt2 --batch-size 32  # needs token shards in data/
     torchrun --standalone --nproc-per-node 4 train.py --dataset arc --preset base --batch-size 8
 
@@ -65,7 +65,7 @@ HERE = Path(__file__).resolve().parent
 IGNORE_INDEX = -100  # a target that carries no loss
 ARC_VOCAB = 16  # what the head predicts: ten colours, ROW, IN, OUT and END (arc_data/layout.py), padded
 END_OF_TEXT = 50256  # GPT-2's token before each document
-UNKNOWN_TASK = ARC_VOCAB  # the first token of a sequence names its task: this one names none, 17, 18, ... one each
+UNKNOWN_TASK = ARC_VOCAB  # a sequence begins with its task's token: 16 says none, 17, 18, ... name one task each
 TASK_DROPOUT = 0.3  # share of training sequences that do not say which task they belong to
 MAX_BAD_STEPS = 5  # steps in a row with a non-finite loss or gradient that end a run
 
@@ -91,7 +91,7 @@ class ModelConfig:
     """Sizes of the model. The defaults make a plain text model; `grid` turns on what only ARC has."""
 
     vocab_size: int = 50304
-    block_size: int = option(1024, "longest sequence, in tokens (4096 for arc; 1024 for its nano and for fineweb)")
+    block_size: int = option(1024, "longest sequence, in tokens (arc: 4096, laptop 2048, nano 1024; fineweb: 1024)")
     d_model: int = option(768, "width of the residual stream, in channels")
     pattern: str = option("MMAMMMAMMMAM", "one letter per layer: M for Mamba-2, A for attention")
     n_head: int = option(12, "attention heads")
@@ -111,8 +111,8 @@ class ModelConfig:
     n_tasks: int = 0  # ARC: tasks with a token of their own
 
 # == OPS ==============================================================================================================
-# All that the model computes with beside matrix products, as short as it can be written. `pick_ops` may put faster
-# functions with the same arguments and meaning in place: extras/kernels.py has them, for a CPU and for CUDA.
+# Every operation of the model but its matrix products, as short as it can be written. `pick_ops` may choose faster
+# functions with the same arguments and meaning: extras/kernels.py has them, for a CPU and for CUDA.
 
 class Film(NamedTuple):
     """The scale and shift that a task applies to the result of one norm (Perez et al. 2018, arXiv:1709.07871)."""
@@ -164,13 +164,13 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size:
     pad = -t % chunk_size  # a position with dt = 0 neither decays the state nor adds to it
 
     def chunks(v: Tensor) -> Tensor:  # (b, t, ...) -> (b, chunks, Q, ...)
-        return F.pad(v, (0, 0) * (v.dim() - 2) + (0, pad)).unflatten(1, (-1, chunk_size))
+        return torch.cat([v, v.new_zeros(b, pad, *v.shape[2:])], dim=1).unflatten(1, (-1, chunk_size))
 
     a = chunks(dt * A).cumsum(2)  # (b, c, q, h): log of the decay from the chunk's start up to each position
     u = chunks(x.float() * dt[..., None])  # (b, c, q, h, p)
     B, C = (chunks(v.float().repeat_interleave(h // g, dim=2)) for v in (B, C))  # (b, c, q, h, n)
-    ids = torch.zeros(b, t + pad, device=x.device) if seq_idx is None else F.pad(seq_idx.float(), (0, pad), value=-1)
-    ids = ids.cummax(1).values.unflatten(1, (-1, chunk_size))  # (b, c, q); pads belong to the last id
+    ids = torch.zeros(b, t, device=x.device) if seq_idx is None else seq_idx
+    ids = torch.cat([ids, ids[:, -1:].expand(-1, pad)], dim=1).unflatten(1, (-1, chunk_size))  # (b, c, q)
     before = torch.cat([ids[:, :1, 0], ids[:, :-1, -1]], dim=1)  # (b, c): the id just before each chunk
     # 1. What each position i receives from the positions j <= i of its chunk and sequence.
     visible = (ids[:, :, :, None] == ids[:, :, None, :]).tril()[:, :, None]  # (b, c, 1, i, j)
@@ -237,7 +237,7 @@ def pick_ops(device: torch.device, dtype: torch.dtype, asked: str) -> Ops:
 # == MODEL ============================================================================================================
 
 class Layer(nn.Module):
-    """A module that computes with a table of ops, which `GPT.use` exchanges."""
+    """A module that calls its operations through `self.ops`; `GPT.use` sets them."""
 
     ops = PLAIN
 
@@ -279,7 +279,7 @@ class Attention(Layer):
         q, k = self.ops.rotary(q, *rope), self.ops.rotary(k, *rope)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, documents: Tensor | None, rope: tuple[Tensor, Tensor]) -> Tensor:
         y = self.ops.attention(*self.project(x, rope), documents)  # (B, H, T, P)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
@@ -293,7 +293,7 @@ class Mamba2(Layer):
         self.sizes = [d_inner, self.d_xbc, self.nheads]  # of z, of x, B and C together, of dt
         self.in_proj = nn.Linear(cfg.d_model, sum(self.sizes), bias=False)
         self.conv1d = nn.Conv1d(self.d_xbc, self.d_xbc, cfg.d_conv, groups=self.d_xbc)  # never called: has the weights
-        dt = torch.exp(torch.rand(self.nheads) * math.log(0.1 / 0.001) + math.log(0.001)).clamp(min=1e-4)  # as upstream
+        dt = torch.exp(torch.rand(self.nheads) * math.log(0.1 / 0.001) + math.log(0.001))  # 0.001 to 0.1, as upstream
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
         self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(self.nheads))
@@ -311,8 +311,8 @@ class Mamba2(Layer):
         return self.ops.ssd_scan(x, dt, -self.A_log.exp(), B, C, self.chunk_size, D=self.D, dt_bias=self.dt_bias,
                                  dt_softplus=True, **more)
 
-    def forward(self, u: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-        """u (B, T, D) -> (B, T, D); seq_idx as in `ssd_scan`."""
+    def forward(self, u: Tensor, seq_idx: Tensor | None = None, rope: Any = None) -> Tensor:
+        """u (B, T, D) -> (B, T, D); seq_idx as in `ssd_scan`. Positions, `rope`, are not needed."""
         z, xbc, dt = self.in_proj(u).split(self.sizes, dim=-1)
         with torch.autocast(u.device.type, enabled=False):  # which would compute the scan's products in bfloat16
             y = self.scan(*self.convolve(xbc, seq_idx), dt, seq_idx=seq_idx).flatten(2)
@@ -331,7 +331,7 @@ class SwiGLU(Layer):
         return self.down(self.ops.swiglu(self.up(x)))
 
 class Block(nn.Module):
-    """x + mixer(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)); `films`, one for each norm, are what the task does to it."""
+    """x + mixer(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)); the task's `films` scale and shift the norms."""
 
     def __init__(self, cfg: ModelConfig, letter: str):
         super().__init__()
@@ -343,8 +343,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], documents: Tensor | None,
                 films: tuple[Film | None, Film | None]) -> Tensor:
-        more = (rope, documents) if isinstance(self.mixer, Attention) else (documents,)  # Mamba-2 needs no positions
-        x = x + self.dropout(self.mixer(self.norm1(x, film=films[0]), *more))
+        x = x + self.dropout(self.mixer(self.norm1(x, film=films[0]), documents, rope))
         return x + self.dropout(self.mlp(self.norm2(x, film=films[1])))
 
 class GPT(Layer):
@@ -383,8 +382,8 @@ class GPT(Layer):
 
     def inputs(self, tokens: Tensor, documents: Tensor | None,
                at: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What goes into the first block (B, T, D), and the angles of the rotary positions; of the tokens (B, T) only
-        those at the positions `at` (B, W) if these are given."""
+        """Input of the first block (B, T, D) and the angles of the rotary positions; with `at` (B, W), at these
+        positions only."""
         at = torch.arange(tokens.shape[1], device=tokens.device)[None] if at is None else at
         positions, at = at[..., None], at.expand(len(tokens), -1)
         x = self.embed(tokens.gather(1, at))
@@ -463,14 +462,12 @@ def encode_pairs(pairs: list[tuple[Grid, Grid | None]], task_token: int) -> tupl
 
     The task's token, then IN input OUT output END for each pair. A last pair without output makes it a prompt.
     """
-    parts, answer = [[task_token]], [[False]]
+    parts = [([task_token], False)]  # tokens, and whether they belong to an answer
     for grid_in, grid_out in pairs:
-        parts += [[IN], encode_grid(grid_in), [OUT]]
-        answer += [[False], np.zeros(len(parts[-2]), bool), [False]]
+        parts += [([IN], False), (encode_grid(grid_in), False), ([OUT], False)]
         if grid_out is not None:
-            parts.append(np.append(encode_grid(grid_out), END))
-            answer.append(np.ones(len(parts[-1]), bool))
-    return np.concatenate(parts), np.concatenate(answer)
+            parts.append((np.append(encode_grid(grid_out), END), True))
+    return np.concatenate([t for t, _ in parts]), np.concatenate([np.full(len(t), answer) for t, answer in parts])
 
 def pair_length(pair: Pair, turned: int = 0) -> int:
     """Tokens that `encode_pairs` writes for a pair, or with `turned` 1 for the pair after a quarter turn."""
@@ -516,7 +513,6 @@ class Loader:
         self.epoch = self.position = 0  # position counts this rank's micro-batches
         self.narrow = self.narrowed = False  # whether the next epoch, and this one, is of the tasks in focus alone
         self.tokens = self.padding = 0  # positions yielded so far, and how many of them were padding
-        self.dropped = 0  # demonstrations left out
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = self.batches()
@@ -567,8 +563,8 @@ class ArcDataLoader(Loader):
     are sorted by length, so that rows of similar length share a batch, and shuffled afterwards. Evaluation
     (train=False): tasks as they stand, in order, only the last output supervised. `packed`: a row holds as many
     sequences, one after another, as block_size does; a model whose `document_token` is UNKNOWN_TASK keeps them apart.
-    What is longer than block_size loses whole demonstrations (`dropped` counts them); a task of which not even one pair
-    fits is left out (`too_long` names it).
+    What is longer than block_size loses whole demonstrations (`shortened` counts such tasks); a task of which not even
+    one pair fits is left out (`too_long` names it).
     """
 
     window, focus = 16, frozenset()  # names of the tasks that a narrowed epoch is of, if there are any
@@ -582,6 +578,8 @@ class ArcDataLoader(Loader):
         fits = [min(max(pair_length(p, turned) for turned in turns) for p in pairs) <= block_size for pairs in must]
         self.tasks = [t for t, fit in zip(tasks, fits, strict=True) if fit]
         self.too_long = [t.name for t, fit in zip(tasks, fits, strict=True) if not fit]
+        self.shortened = sum(any(sum(pair_length(p, turned) for p in t.pairs) > block_size for turned in turns)
+                             for t in self.tasks)
         self.fingerprint = digest(t.name.encode() + g.tobytes() for t in self.tasks for p in t.pairs for g in p)
         if not self.tasks:
             raise UserError(f"no task fits --block-size {block_size}; raise it, or lower --max-grid")
@@ -650,7 +648,6 @@ class ArcDataLoader(Loader):
             x[i, : used[i]], y[i, : used[i]] = (np.concatenate(part) for part in zip(*sequences, strict=True))
         self.tokens += x.size
         self.padding += x.size - sum(used)
-        self.dropped += sum(len(self.tasks[plan.task].pairs) - len(plan.pairs) for row in rows for plan in row)
         return torch.from_numpy(x), torch.from_numpy(y)
 
 class FineWebLoader(Loader):
@@ -672,8 +669,8 @@ class FineWebLoader(Loader):
         self.windows = [max(0, (len(s) - 1) // block_size) for s in self.shards]
         self.first = np.concatenate([[0], np.cumsum(self.windows)])  # number of each shard's first window
         if sum(self.windows) < (self.effective if self.train else 1):
-            raise UserError(f"{folder}: {sum(map(len, self.shards)):,} {split} tokens are fewer than one batch of "
-                            f"{self.effective} x {block_size}; lower --batch-size or --block-size")
+            raise UserError(f"{folder}: {sum(map(len, self.shards)):,} {split} tokens are too few for a batch of "
+                            f"{self.effective if self.train else 1} x {block_size}; lower --batch-size or --block-size")
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"files": [f.name for f in self.files]}
@@ -708,8 +705,8 @@ class TrainConfig:
     dataset: str = option("arc", "what to train on", "arc", "fineweb")
     data_dir: str = option("", "arc: a folder with training/ and evaluation/; fineweb: a folder of token shards "
                            "(default: arc_data/arcagi, data)")
-    preset: str = option("", "sizes and budget to start from: nano, small, base (arc) or nano, gpt2 (fineweb) "
-                         "(default: small or gpt2 on CUDA, else nano)")
+    preset: str = option("", "sizes and budget to start from: nano, laptop, small, base (arc) or nano, gpt2 "
+                         "(fineweb) (default: small or gpt2 on CUDA, else nano)")
     batch_size: int = option(16, "sequences per micro-batch and device")
     grad_accum_steps: int = option(1, "micro-batches per device and optimizer step")
     max_steps: int = option(0, "optimizer steps, instead of the preset's minutes; 0: no limit but --max-minutes")
@@ -721,7 +718,7 @@ class TrainConfig:
     decay_frac: float = option(0.4, "share of the run, at its end, over which the learning rate falls to 0")
     weight_decay: float = option(0.1, "decoupled weight decay of matrices and embeddings")
     grad_clip: float = option(1.0, "largest gradient norm; 0: no clipping")
-    optimizer: str = option("muon", "for the hidden matrices; everything else is AdamW's", "muon", "adamw")
+    optimizer: str = option("muon", "of the hidden matrices; AdamW trains the rest", "muon", "adamw")
     holdout: int = option(40, "arc: training tasks held out to measure on, at most a quarter of them; 0: none")
     max_grid: int = option(30, "arc: keep tasks whose grids are at most this many cells high and wide")
     demonstrations: str = option("both", "arc: learn from training tasks only, or also from the demonstrations of "
@@ -729,10 +726,10 @@ class TrainConfig:
     packed: bool = option(False, "arc: several tasks in a row of block_size tokens, which do not see each other, "
                           "instead of one padded task per row (the default of small and base)")
     reset_at_document: bool = option(False, "fineweb: no document sees the one before it")
-    seed: int = option(0, "of weights, order and augmentation")
+    seed: int = option(0, "seed of weights, order and augmentation")
     device: str = option("auto", "where to compute", "auto", "cpu", "cuda", "mps")
-    dtype: str = option("auto", "of products; auto: bfloat16 where it is fast, float16 on older GPUs", "auto",
-                        "float32", "bfloat16", "float16")
+    dtype: str = option("auto", "type of matrix products; auto: bfloat16 where it is fast, float16 on older GPUs",
+                        "auto", "float32", "bfloat16", "float16")
     kernels: str = option("auto", "what computes the model; auto: the fastest functions that work here; plain: those "
                           "of train.py; triton: Triton's, or an error", "auto", "plain", "triton")
     remat: bool = option(False, "save memory, for about a third more time: recompute activations in the backward pass")
@@ -749,6 +746,8 @@ _LONG = dict(eval_every=500, save_every=500)
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "arc": {
         "nano": _ARC | _NANO | dict(pattern="MA", block_size=1024, max_grid=10, focus=0.4),
+        "laptop": _ARC | _NANO | dict(pattern="MA", d_model=192, n_head=6, d_ff=512, block_size=2048, max_grid=20,
+                                      focus=0.4, holdout=0, max_minutes=60.0),
         "small": _ARC | _LONG | dict(packed=True, d_model=512, pattern="MAMAMAMA", n_head=8, d_ff=1344),
         "base": _ARC | _LONG | dict(packed=True, d_model=768, pattern="MAMAMAMAMA", n_head=12, d_ff=2048),
     },
@@ -822,9 +821,8 @@ class Optimizers:
         for name, p in model.named_parameters():
             split = self.split_matrix(model, name, p) if cfg.optimizer == "muon" else []
             for where, to_muon in split:
-                part = p if where == slice(0, len(p)) else nn.Parameter(p.detach()[where])
-                if part is not p:
-                    self.parts.append((part, p, where))
+                part = nn.Parameter(p.detach()[where])  # the same memory
+                self.parts.append((part, p, where))
                 (matrices if to_muon else decay).append(part)
             if not split:
                 (decay if p.dim() == 2 else no_decay).append(p)
@@ -842,7 +840,7 @@ class Optimizers:
         mixer = model.blocks[int(name.split(".")[1])].mixer
         if name.endswith("in_proj.weight"):
             d_inner, _, nheads = mixer.sizes
-            sizes = [d_inner, d_inner, mixer.d_state, mixer.d_state, nheads]  # z, x, B, C to Muon; dt to AdamW
+            sizes = [d_inner, d_inner, mixer.d_state, mixer.d_state, nheads]  # z, x, B and C; the fifth, dt, is AdamW's
         else:
             n = 3 if "qkv" in name else 2 if "up" in name else 1  # query, key, value; gate, up; or one matrix
             sizes = [len(p) // n] * n
@@ -864,7 +862,7 @@ class Optimizers:
         return [o.state_dict() for o in self.all]
 
     def load_state_dict(self, states: list[dict]) -> None:
-        """Restore the state, but keep the rates and the weight decay of this run."""
+        """Restore the state, but keep this machine's settings, such as `fused`."""
         for o, s in zip(self.all, states, strict=True):
             o.load_state_dict({"state": s["state"], "param_groups": o.state_dict()["param_groups"]})
 
@@ -872,14 +870,14 @@ class Optimizers:
 
 @dataclass
 class Runtime:
-    """Where and with whom this process computes."""
+    """Device, precision and processes of this run."""
 
     device: torch.device
     dtype: torch.dtype
     ops: Ops = PLAIN
     rank: int = 0
     world: int = 1
-    pieces: int = 1  # a micro-batch is computed in so many pieces; only extras/memory.py makes it more than one
+    pieces: int = 1  # into which a micro-batch is cut; only extras/memory.py makes it more than one
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
 
     @staticmethod
@@ -1000,8 +998,8 @@ def open_arc(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: 
         answered = [Task(q.name, [*q.pairs[:-1], (q.pairs[-1][0], a)])
                     for q, a in zip(arc.questions, arc.answers, strict=True)]
         data.val = ArcDataLoader(answered, cfg.batch_size, model_cfg.block_size, train=False, **kind)
-    runtime.say(f"data        {from_here(folder)}: {arc.report}, {len(data.train.too_long)} tasks longer than "
-                f"{model_cfg.block_size} tokens")
+    runtime.say(f"data        {from_here(folder)}: {arc.report}\n            {model_cfg.block_size} tokens are too few "
+                f"for all demonstrations of {data.train.shortened} tasks, and for any of {len(data.train.too_long)}")
     return data
 
 def open_text(model_cfg: ModelConfig, cfg: TrainConfig, runtime: Runtime, order: dict[str, int],
@@ -1079,7 +1077,9 @@ def validation_loss(model: GPT, loader: Loader, runtime: Runtime, batches: int |
     """Mean cross-entropy in nats over the supervised tokens of the loader's first batches, on this rank alone."""
     loader.epoch = loader.position = 0
     alone = dataclasses.replace(runtime, world=1)
-    return mean_loss(model, list(itertools.islice(loader, batches)), alone, learn=False).item()
+    loss = mean_loss(model, list(itertools.islice(loader, batches)), alone, learn=False).item()
+    runtime.pieces = alone.pieces  # more, if memory ran out
+    return loss
 
 def make_prompt(task: Task, block_size: int, task_tokens: dict[str, int]) -> np.ndarray:
     """The prompt of a question, with as many of its last demonstrations as block_size holds, but at least one."""
@@ -1197,8 +1197,6 @@ def finish(folder: Path, data: Data, found: dict[str, Any], step: int, minutes: 
         if "pass@2" in found:
             text += f"; {round(found['pass@2'] * count)} in two attempts"
         print(f"{'solved:':<18}{text}")
-    if data.train.dropped:
-        print(f"{'left out:':<18}{data.train.dropped} demonstrations, in sequences longer than --block-size")
     try:
         from tools import plot
 
@@ -1237,7 +1235,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
         write_json(folder / "supervised_pairs.json", data.pairs)
         log = open_log(folder, step, config)
 
-    iterator, began, found, bad, stopping = iter(data.train), time.monotonic(), {}, 0, False
+    iterator, began, found, bad = iter(data.train), time.monotonic(), {}, 0
     bar = tqdm(total=1.0, disable=runtime.rank > 0, miniters=0, mininterval=1 if sys.stderr.isatty() else 30,
                bar_format="{percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}")
     with bar, watch_signals() as stop:
@@ -1245,12 +1243,13 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
             minutes, stopping = runtime.all_max(before + (time.monotonic() - began) / 60, stop.up)
             progress = max(step / (cfg.max_steps or math.inf), minutes / (cfg.max_minutes or math.inf))
             done = progress >= 1
+            bar.update(min(1.0, progress) - bar.n)
             eval_due, save_due = (0 < every <= step and step % every == 0 for every in (cfg.eval_every, cfg.save_every))
             evaluates = not stopping and (done or eval_due)
 
             # once in a while save: at the start, when it is due, before every evaluation (it may take long), at the end
             save_due |= 0 < cfg.save_minutes <= minutes - saved_at
-            if (done or stopping or evaluates or save_due or step == 0) and step != saved:
+            if (stopping or evaluates or save_due or step == 0) and step != saved:
                 if runtime.rank == 0:
                     save_checkpoint(folder / "checkpoint.pt",
                                     snapshot(model, optimizers, data.train, runtime, step, minutes, skipped, cfg))
@@ -1272,7 +1271,7 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
 
             # do one step of the optimization
             start, tokens_before, padding_before = time.monotonic(), data.train.tokens, data.train.padding
-            data.train.narrow = progress > 1 - cfg.focus  # test-time training: what is asked, and no more
+            data.train.narrow = progress > 1 - cfg.focus  # at the end, only demonstrations of tasks that are asked
             batches, iterator = next_batches(data.train, iterator)
             lr = cfg.max_lr * schedule(progress, cfg.warmup_frac, cfg.decay_frac)
             loss, norm = optimizer_step(network, optimizers, batches, lr, cfg, runtime)
@@ -1286,7 +1285,6 @@ def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool =
                     epoch=data.train.epoch, minutes=minutes, skipped=skipped)
                 bar.set_postfix_str(f"step {step}, loss {loss:.3f}, {speed:,.0f} tokens/s, "
                                     f"padding {data.train.padding / data.train.tokens:.0%}", refresh=False)
-                bar.update(progress - bar.n)
             if bad == MAX_BAD_STEPS:
                 raise UserError(f"step {step}: the loss or the gradient was not finite {bad} times in a row; "
                                 f"{folder} holds step {saved}; start again with a lower --max-lr, or resume from there")

@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
             if "(default" not in text and varied is not None:
                 text += f" (default: {f.default}{', or that of the preset' if f.name in varied else ''})"
             if kind is bool:
-                group.add_argument(flag(f.name), action="store_true", help=text)
+                group.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=text)
             else:
                 metavar = f"{{{','.join(choices)}}}" if choices else {int: "N", float: "X", str: "TEXT"}[kind]
                 read = folder_name if f.name.endswith("_dir") else kind

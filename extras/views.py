@@ -174,7 +174,8 @@ def answer_questions(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime,
     block_size = model.config.block_size
     shown = [Shown(Question(name, pairs[:-1], [pairs[-1][0]]), 0, VIEWS, 0, block_size, data.task_tokens)
              for name, pairs in data.questions]
-    answer_in_views(model, shown, runtime, 1 << 19 if runtime.device.type == "cuda" else 1 << 15)
+    batch_tokens = (1 << 19) // runtime.pieces if runtime.device.type == "cuda" else 1 << 15
+    answer_in_views(model, shown, runtime, batch_tokens)
     attempts = [two_attempts([c.grid for c in s.candidates()], s.query) for s in shown]
     right = [[np.array_equal(grid, truth) for grid in two] for two, truth in zip(attempts, data.answers, strict=True)]
     names, entries = [task.name for task in data.questions], []

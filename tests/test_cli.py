@@ -79,7 +79,8 @@ def test_every_flag_has_help_with_its_default_and_cannot_be_shortened():
 
 
 @pytest.mark.parametrize("given, has_gpu, preset, minutes, parameters", [
-    ({}, False, "nano", 8.0, 0.75), ({}, True, "small", 60.0, 36), ({"preset": "base"}, True, "base", 60.0, 101),
+    ({}, False, "nano", 8.0, 0.75), ({"preset": "laptop"}, False, "laptop", 60.0, 1.5),
+    ({}, True, "small", 60.0, 36), ({"preset": "base"}, True, "base", 60.0, 101),
     ({"dataset": "fineweb"}, True, "gpt2", 60.0, 122), ({"dataset": "fineweb"}, False, "nano", 8.0, 0.93)])
 def test_presets_and_defaults(given, has_gpu, preset, minutes, parameters):
     """With millions of parameters; the text of nano has 64 kinds of token here."""
