@@ -116,32 +116,33 @@ class GridLayout(NamedTuple):
         alike; then both for the last but one. `after` (B, T) are the tokens that come after each position. Attention
         can learn such a lookup (induction heads, Olsson et al. 2022, arXiv:2209.11895), but takes far more steps.
         """
-        index = torch.arange(after.shape[1], device=after.device)
-        row = (torch.arange(len(after), device=after.device) * after.shape[1])[:, None]
-        bits, colours = 2 ** torch.arange(len(cells), device=after.device), index.new_tensor(range(11))[:, None, None]
-        has = torch.zeros_like(cells[:11]).scatter_add_(0, cells, bits[:, None, None].expand_as(cells))  # by colour
-        has = torch.stack([has & sum(1 << i for i in sight) for sight in SIGHTS])  # (S, 11, B, T): sets of columns
-        keys = []  # one number for all that is seen: where it is the same, the position looks the same
+        index, bits = torch.arange(after.shape[1], device=after.device), 2 ** torch.arange(25, device=after.device)
+        holding = torch.zeros_like(cells[:11])  # for each colour the set of columns, as bits, that hold it
+        holding.scatter_add_(0, cells, bits[:, None, None].expand_as(cells))
+        same = holding.gather(0, cells)  # for each column those that hold its colour, however the colours are named
+        same = same + (cells == 0) * 2**25 + (cells == 10) * 2**26  # but black stays black, and "none" none
+        exact, alike, sets = [], [], []  # for each sight hashes of `cells` and of `same`, and the set of its columns
         for sight in SIGHTS:
-            keys.append(self.begin)  # so that nothing is recalled from another document
+            sets.append(sum(2**i for i in sight))
+            exact.append(self.begin)  # so that nothing is recalled from another document
+            alike.append(self.begin)
             for i in sight:
-                keys[-1] = keys[-1] * 1000003 + cells[i]
-        mixed = has * -7046029254386353131  # a hash of each set (splitmix64's constants), added up over the colours:
-        mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687  # equal however they are named, but for black and "none"
-        alike = mixed[:, 1:10].sum(1) + mixed[:, 0] * 1000003 + mixed[:, 10] * 998244353
-        keys = torch.cat([torch.stack(keys), alike + self.begin * 7368787]) & (2**62 - 1)
+                exact[-1] = exact[-1] * -7046029254386353131 + cells[i]
+                alike[-1] = alike[-1] * -7046029254386353131 + (same[i] & (sets[-1] + 3 * 2**25))
+        keys = torch.stack(exact + alike) & (2**62 - 1)
         keys, order = torch.where(self.output == 1, keys, -1 - index).sort(dim=2, stable=True)  # equal in outputs only
+        columns = holding.gather(0, after.clamp(max=10)[None]) * (after < 11) & after.new_tensor(sets)[:, None, None]
+        first = (columns & -columns).clamp(min=1).float().log2().round().long()  # the lowest bit's number
+        column = torch.where(columns > 0, first, -1)  # of each sight, one that holds what comes next
         found = []
         for back in (1, 2):  # equal keys stand side by side now, in the order of their positions
             place = torch.where(keys[..., back:] == keys[..., :-back], order[..., :-back], -1)
             place = torch.full_like(keys, -1).scatter(2, order[..., back:], place)
-            said = after.expand_as(place).gather(2, place.clamp(min=0))
-            exact, other = said.chunk(2)
-            there = other.clamp(max=10) * has[0, 0].numel() + place[len(has) :].clamp(min=0) + row
-            there = has.flatten(1).gather(1, there.flatten(1)).view_as(other)  # columns with the token's colour there
-            ours = torch.where(has == there[:, None], colours, -1).amax(1)  # the colour that has them here
-            other = torch.where((there > 0) & (other < 11), ours, other)
-            found.append(torch.where(place < 0, 14, torch.cat([exact, other])))
+            there = place.clamp(min=0)
+            said, other = after.expand_as(place).gather(2, there).chunk(2)
+            there = column.gather(2, there[len(SIGHTS) :])
+            other = torch.where(there < 0, other, cells.gather(0, there.clamp(min=0)))  # what that column holds here
+            found.append(torch.where(place < 0, 14, torch.cat([said, other])))
         return torch.cat(found)
 
     def votes(self, after: Tensor, said: Tensor) -> Tensor:
@@ -177,5 +178,6 @@ class GridLayout(NamedTuple):
         seen, votes = (v.gather(2, place.expand(len(v), -1, -1)).movedim(0, 2) for v in (seen, votes))
         inside = self.output.gather(1, at)[..., None] == 1
         where = torch.where(inside, seen, seen.new_tensor(none)) + kinds * torch.arange(len(none), device=at.device)
-        one_hot = torch.zeros(*at.shape, kinds * len(none), device=at.device).scatter_(2, where, 1.0)
-        return torch.cat([one_hot, votes * inside], dim=2)
+        found = torch.zeros(*at.shape, kinds * len(none) + votes.shape[2], device=at.device).scatter_(2, where, 1.0)
+        found[..., kinds * len(none) :] = votes * inside
+        return found

@@ -31,7 +31,7 @@ class Place(NamedTuple):
     at: Tensor  # (R, W) int64: their positions in these
     rope: tuple[Tensor, Tensor]  # rotary angles of these
     first: Tensor  # (R,): position of the first token that they may see
-    reading: Tensor | None  # (R,) where they are the first of their rows: on how many of them states go on at once
+    reading: Tensor | None  # (R,) while a prompt is read: how many of its tokens states go on to; else None
 
 
 class MambaState:
@@ -42,15 +42,15 @@ class MambaState:
         self.tail = torch.zeros(slots, mixer.conv1d.weight.shape[2] - 1, mixer.d_xbc, device=device)
         self.state = torch.zeros(slots, mixer.nheads, mixer.sizes[0] // mixer.nheads, mixer.d_state, device=device)
 
-    def feed(self, u: Tensor, place: Place, heard: bool) -> Tensor | None:
-        """What the mixer makes of the next tokens u (R, W, D), if that is heard; see `advance` for the state."""
+    def feed(self, u: Tensor, place: Place, wanted: bool) -> Tensor | None:
+        """What the mixer makes of the next tokens u (R, W, D), if that is wanted; see `advance` for the state."""
         mixer, before = self.mixer, self.tail.shape[1]
         z, xbc, dt = mixer.in_proj(u).split(mixer.sizes, dim=-1)
         with torch.autocast(u.device.type, enabled=False):
             raw = torch.cat([self.tail[place.slots].to(xbc.dtype), xbc], dim=1)  # (R, K - 1 + W, C)
             x, B, C = (v[:, before:] for v in mixer.convolve(raw))
             self.passed = place.slots, raw, x, B, dt
-            if not heard:
+            if not wanted:
                 return self.advance(place.reading)
             if place.reading is not None:
                 pads = torch.arange(u.shape[1], device=u.device) >= place.reading[:, None]
@@ -94,15 +94,15 @@ class AttentionState:
     def __init__(self, mixer: Any, slots: int, capacity: int):
         self.mixer, self.sizes, self.keys, self.values = mixer, (slots, capacity), None, None
 
-    def feed(self, u: Tensor, place: Place, heard: bool) -> Tensor | None:
-        """What the attention makes of the next tokens u (R, W, D), if that is heard."""
+    def feed(self, u: Tensor, place: Place, wanted: bool) -> Tensor | None:
+        """What the attention makes of the next tokens u (R, W, D), if that is wanted."""
         q, k, v = self.mixer.project(u, place.rope)  # (R, H, W, P) each
         if self.keys is None:
             slots, capacity = self.sizes
             self.keys, self.values = (k.new_zeros(slots, k.shape[1], capacity, k.shape[3]) for _ in range(2))
         if place.reading is not None:
             self.keys[place.slots, :, : k.shape[2]], self.values[place.slots, :, : k.shape[2]] = k, v
-            if not heard:
+            if not wanted:
                 return None
             y = self.mixer.ops.attention(q, k, v)
         else:  # what was guessed wrongly is written over before it is seen
@@ -150,16 +150,16 @@ class Carried:
     def through(self, slots: Tensor, at: Tensor, reading: bool = False) -> Tensor | None:
         """The tokens at positions `at` (R, W) through all blocks: (R, W, D) after the last norm.
 
-        While reading, states go on to `fed` at once, and what the last block says is not heard.
+        While reading, states go on to `fed` at once, and what the last block says is not wanted.
         """
         model = self.model
         x, rope = model.inputs(self.tokens[slots, : int(at.max()) + 1], None, at)
         place = Place(slots, at, rope, self.first[slots], self.fed[slots] if reading else None)
         for block, layer, films in zip(model.blocks, self.layers, self.films, strict=True):
             films = [film and film._replace(tasks=slots[:, None]) for film in films]
-            heard = not (reading and block is model.blocks[-1])
-            y = layer.feed(block.norm1(x, film=films[0]), place, heard)
-            if not heard:
+            wanted = not (reading and block is model.blocks[-1])
+            y = layer.feed(block.norm1(x, film=films[0]), place, wanted)
+            if not wanted:
                 return None
             x = x + y
             x = x + block.mlp(block.norm2(x, film=films[1]))
@@ -275,23 +275,23 @@ class Drafts:
 
     def confirm(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """One pass: which of slots (R,) are done, and the log-probability of what has been confirmed of each (R,)."""
-        carried, known, end = self.carried, self.carried.fed[slots] + 1, self.end[slots]
-        logp, at = carried.feed(slots, int(torch.minimum(end - known, self.reach[slots]).max()) + 1)
+        carried, begin, end = self.carried, self.carried.fed[slots] + 1, self.end[slots]  # of the drafts, positions
+        logp, at = carried.feed(slots, int(torch.minimum(end - begin, self.reach[slots]).max()) + 1)
         best, says = logp.max(-1)  # (R, W)
         index, never = torch.arange(at.shape[1], device=at.device), self.carried.tokens.shape[1]
-        size = (end - known).clamp(max=at.shape[1] - 1)  # tokens of the draft in this pass
-        right = says[:, :-1] == carried.tokens[slots[:, None], at[:, 1:]]
-        right &= index[1:] <= size[:, None]
-        n = torch.minimum(right.cumprod(1).sum(1) + 1, self.limit[slots] - known)  # tokens confirmed
-        stops = torch.where((says == self.stop) & (index <= size[:, None]), index, never)
+        size = (end - begin).clamp(max=at.shape[1] - 1)  # tokens of the draft in this pass
+        fed = index <= size[:, None]  # (R, W): the last confirmed token and these
+        right = (says[:, :-1] == carried.tokens[slots[:, None], at[:, 1:]]) & fed[:, 1:]
+        n = torch.minimum(right.cumprod(1).sum(1) + 1, self.limit[slots] - begin)  # tokens confirmed
+        stops = torch.where((says == self.stop) & fed, index, never)
         done = stops.amin(1) < n
         n = torch.where(done, stops.amin(1) + 1, n)
-        self.put(slots, torch.where(index <= size[:, None], at + 1, never), says)
+        self.put(slots, torch.where(fed, at + 1, never), says)
         carried.advance(slots, n)
         behind = torch.where(index >= n[:, None], stops, never).amin(1)  # where the new draft says stop
-        self.end[slots] = torch.minimum(end + (size == end - known), known + behind)
+        self.end[slots] = torch.minimum(end + (size == end - begin), begin + behind)
         self.reach[slots] = REACH + 4 * n
-        return done | (known + n == self.limit[slots]), (best * (index < n[:, None])).sum(1)
+        return done | (begin + n == self.limit[slots]), (best * (index < n[:, None])).sum(1)
 
     def lengthen(self, slots: Tensor) -> None:
         """Guess on where drafts are about to run out: what stands a grid row above.
