@@ -121,26 +121,23 @@ class GridLayout(NamedTuple):
         holding.scatter_add_(0, cells, bits[:, None, None].expand_as(cells))
         same = holding.gather(0, cells)  # for each column those that hold its colour, however the colours are named
         same = same + (cells == 0) * 2**25 + (cells == 10) * 2**26  # but black stays black, and "none" none
-        exact, alike, sets = [], [], []  # for each sight hashes of `cells` and of `same`, and the set of its columns
-        for sight in SIGHTS:
-            sets.append(sum(2**i for i in sight))
-            exact.append(self.begin)  # so that nothing is recalled from another document
-            alike.append(self.begin)
-            for i in sight:
-                exact[-1] = exact[-1] * -7046029254386353131 + cells[i]
-                alike[-1] = alike[-1] * -7046029254386353131 + (same[i] & (sets[-1] + 3 * 2**25))
-        keys = torch.stack(exact + alike) & (2**62 - 1)
+        sets = after.new_tensor([sum(2**i for i in sight) for sight in SIGHTS])[:, None, None]
+        sight, column = after.new_tensor([(s, i) for s, sight in enumerate(SIGHTS) for i in sight]).T
+        weights = after.new_tensor([pow(5**27, i + 1, 2**62) for i in range(25)])  # of a hash of all that a sight sees
+        seen = torch.stack([cells[column], same[column] & (sets[sight] + 3 * 2**25)]) * weights[column, None, None]
+        keys = self.begin.repeat(2, len(SIGHTS), 1, 1).index_add_(1, sight, seen)  # another document has other keys
+        keys = keys.flatten(0, 1) & (2**62 - 1)
         keys, order = torch.where(self.output == 1, keys, -1 - index).sort(dim=2, stable=True)  # equal in outputs only
-        columns = holding.gather(0, after.clamp(max=10)[None]) * (after < 11) & after.new_tensor(sets)[:, None, None]
-        first = (columns & -columns).clamp(min=1).float().log2().round().long()  # the lowest bit's number
-        column = torch.where(columns > 0, first, -1)  # of each sight, one that holds what comes next
+        holders = holding.gather(0, after.clamp(max=10)[None]) * (after < 11) & sets  # columns with what comes next
+        holder = (holders & -holders).clamp(min=1).float().log2().round().long()  # the number of the lowest bit
+        holder = torch.where(holders > 0, holder, -1)
         found = []
         for back in (1, 2):  # equal keys stand side by side now, in the order of their positions
             place = torch.where(keys[..., back:] == keys[..., :-back], order[..., :-back], -1)
             place = torch.full_like(keys, -1).scatter(2, order[..., back:], place)
             there = place.clamp(min=0)
             said, other = after.expand_as(place).gather(2, there).chunk(2)
-            there = column.gather(2, there[len(SIGHTS) :])
+            there = holder.gather(2, there[len(SIGHTS) :])
             other = torch.where(there < 0, other, cells.gather(0, there.clamp(min=0)))  # what that column holds here
             found.append(torch.where(place < 0, 14, torch.cat([said, other])))
         return torch.cat(found)
