@@ -217,60 +217,62 @@ def same(ids, t, u, T):
 
 
 @triton.jit
-def before_silu(x, weight, bias, ids, t, c, T, C: constexpr, K: constexpr, X: constexpr):
-    """bias + sum over k of weight[c, k] * x[t - K + 1 + k]"""
-    a = tl.load(bias + c, c < C, 0.0).to(tl.float32)
-    for back in tl.static_range(K):
-        v = tl.where(same(ids, t, t - back, T), at(x, t - back, c, T, C, X), 0.0)
-        a += tl.load(weight + c * K + K - 1 - back, c < C, 0.0) * v
-    return a
+def taps(x, weight, ids, t, c, T, C: constexpr, K: constexpr, X: constexpr, WAY: constexpr):
+    """sum over s of weight[c, K - 1 - s] * x[t - WAY * s]: of what stands before t, or with WAY -1 behind it"""
+    total = tl.load(weight + c * K + K - 1, c < C, 0.0) * at(x, t, c, T, C, X)
+    for s in tl.static_range(1, K):
+        v = tl.where(same(ids, t, t - WAY * s, T), at(x, t - WAY * s, c, T, C, X), 0.0)
+        total += tl.load(weight + c * K + K - 1 - s, c < C, 0.0) * v
+    return total
 
 
 @triton.jit
 def conv_forward(x, weight, bias, ids, y, T, C: constexpr, K: constexpr, X: constexpr, ROWS: constexpr,
                  COLS: constexpr):
-    """y = silu(a), a = before_silu(x). A program makes ROWS positions of COLS channels of one row of the batch."""
+    """y = silu(bias + taps(x)), or, without a bias, what y's gradient x becomes on its way back through the taps.
+
+    A program makes ROWS positions of COLS channels of one row of the batch.
+    """
     t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.program_id(2) * COLS + tl.arange(0, COLS)[None, :]
     begin = tl.program_id(0).to(tl.int64) * T
     if ids is not None:
         ids += begin
-    a = before_silu(x + begin * X, weight, bias, ids, t, c, T, C, K, X)
-    tl.store(y + (begin + t) * C + c, a * tl.sigmoid(a), (t < T) & (c < C))
+    a = taps(x + begin * X, weight, ids, t, c, T, C, K, X, 1 if bias is not None else -1)
+    if bias is not None:
+        a += tl.load(bias + c, c < C, 0.0).to(tl.float32)
+        a *= tl.sigmoid(a)
+    tl.store(y + (begin + t) * C + c, a, (t < T) & (c < C))
 
 
 @triton.jit
-def conv_backward(dy, x, weight, bias, ids, dx, sums, T, C: constexpr, K: constexpr, DY: constexpr, X: constexpr,
+def conv_backward(dy, x, weight, bias, ids, da, sums, T, C: constexpr, K: constexpr, DY: constexpr, X: constexpr,
                   TIME: constexpr, ROWS: constexpr, COLS: constexpr):
-    """With g = dy * silu'(a): dx[t] = sum over s of weight[K - 1 - s] * g[t + s], where t + s is of t's sequence.
+    """da = dy * silu'(a) of a = bias + taps(x), which is made again rather than kept.
 
-    a is made again rather than kept. A program keeps, over TIME positions, its sums of g * x[t - s], s = 0 ... 3, and
-    of g: rows K - 1 ... 0 and K of `sums`, (programs, K + 1, C).
+    A program keeps, over TIME positions, its sums of da * x[t - s], s = 0 ... 3, and of da: rows K - 1 ... 0 and K of
+    `sums`, (programs, K + 1, C).
     """
     span, c = tl.program_id(1), tl.program_id(2) * COLS + tl.arange(0, COLS)[None, :]
     begin = tl.program_id(0).to(tl.int64) * T
-    x, dy, dx = x + begin * X, dy + begin * DY, dx + begin * C
+    x, dy, da = x + begin * X, dy + begin * DY, da + begin * C
     if ids is not None:
         ids += begin
     zero = tl.zeros([ROWS, COLS], tl.float32)
     w0, w1, w2, w3, b = zero, zero, zero, zero, zero
     for start in range(span * TIME, tl.minimum(span * TIME + TIME, T), ROWS):
         t = start + tl.arange(0, ROWS)[:, None]
-        total = zero
-        for s in tl.static_range(K):
-            a = before_silu(x, weight, bias, ids, t + s, c, T, C, K, X)
-            p = tl.sigmoid(a)
-            g = at(dy, t + s, c, T, C, DY) * p * (1 + a * (1 - p))
-            total += tl.where(same(ids, t, t + s, T), g, 0.0) * tl.load(weight + c * K + K - 1 - s, c < C, 0.0)
-            if s == 0:
-                b += g
-                w0 += g * at(x, t, c, T, C, X)
-                w1 += g * tl.where(same(ids, t, t - 1, T), at(x, t - 1, c, T, C, X), 0.0)
-                if K > 2:
-                    w2 += g * tl.where(same(ids, t, t - 2, T), at(x, t - 2, c, T, C, X), 0.0)
-                if K > 3:
-                    w3 += g * tl.where(same(ids, t, t - 3, T), at(x, t - 3, c, T, C, X), 0.0)
-        tl.store(dx + t.to(tl.int64) * C + c, total, (t < T) & (c < C))
+        a = tl.load(bias + c, c < C, 0.0).to(tl.float32) + taps(x, weight, ids, t, c, T, C, K, X, 1)
+        p = tl.sigmoid(a)
+        g = at(dy, t, c, T, C, DY) * p * (1 + a * (1 - p))
+        tl.store(da + t.to(tl.int64) * C + c, g, (t < T) & (c < C))
+        b += g
+        w0 += g * at(x, t, c, T, C, X)
+        w1 += g * tl.where(same(ids, t, t - 1, T), at(x, t - 1, c, T, C, X), 0.0)
+        if K > 2:
+            w2 += g * tl.where(same(ids, t, t - 2, T), at(x, t - 2, c, T, C, X), 0.0)
+        if K > 3:
+            w3 += g * tl.where(same(ids, t, t - 3, T), at(x, t - 3, c, T, C, X), 0.0)
     c = tl.program_id(2) * COLS + tl.arange(0, COLS)
     sums += (tl.program_id(0) * tl.num_programs(1) + span) * (K + 1) * C + c
     tl.store(sums + (K - 1) * C, tl.sum(w0, 0), c < C)
@@ -300,10 +302,11 @@ class Convolve(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias, ids = ctx.saved_tensors
         (b, t, c), k, rows = dy.shape, weight.shape[1], flat(dy)
-        dx, spans = x.new_empty(b, t, c), triton.cdiv(t, TIME)
+        (da, dx), spans = (x.new_empty(b, t, c) for _ in range(2)), triton.cdiv(t, TIME)
         sums = weight.new_empty(b * spans, k + 1, c, dtype=torch.float32)
-        conv_backward[(b, spans, triton.cdiv(c, 64))](rows, x, weight, bias, ids, dx, sums, t, c, k, rows.stride(0),
+        conv_backward[(b, spans, triton.cdiv(c, 64))](rows, x, weight, bias, ids, da, sums, t, c, k, rows.stride(0),
                                                       x.stride(0), TIME, 16, 64)
+        conv_forward[(b, triton.cdiv(t, 32), triton.cdiv(c, 64))](da, weight, None, ids, dx, t, c, k, c, 32, 64)
         sums = sums.sum(0)
         return dx, sums[:k].T, sums[k], None
 
