@@ -1,6 +1,6 @@
 """A micro-batch in pieces: as many as fit the memory at hand, computed by all cores of a CPU at once.
 
-Each function has the name, arguments and meaning of the plain one in train.py.
+`mean_loss`, `build_model` and `fit_to_memory` are the twins of train.py's.
 
 Why threads of our own: an operator that PyTorch shares out to two threads waits for both, some 6,000 times in a step.
 Beside one other busy process, which takes the processor from one of them again and again, that costs nine tenths of the
@@ -144,7 +144,7 @@ def shared_mean_loss(model: GPT, pieces: list[Batch], runtime: Runtime, learn: b
 
 
 def count_weights(cfg: ModelConfig) -> int:
-    """Parameters of such a model. Reckoned, because making it, even without data, may take memory or seconds."""
+    """Parameters of such a model. Computed, because making it, even without data, may take memory or seconds."""
     d, d_inner = cfg.d_model, cfg.expand * cfg.d_model
     heads, d_xbc = d_inner // cfg.headdim, d_inner + 2 * cfg.d_state
     mamba = d * (d_inner + d_xbc + heads) + d_xbc * (cfg.d_conv + 1) + 3 * heads + d_inner * (d + 1)
@@ -177,7 +177,7 @@ def no_room(model: GPT) -> UserError:
 
 
 def use_less_memory(model: nn.Module, runtime: Runtime, rows: int) -> None:
-    """Half as many sequences at a time, then activations made again; UserError if nothing is left to reduce."""
+    """Half as many sequences at a time, then recomputed activations; UserError if nothing is left to reduce."""
     model = getattr(model, "module", model)  # of DistributedDataParallel
     if runtime.pieces < rows:
         runtime.pieces *= 2
@@ -185,7 +185,7 @@ def use_less_memory(model: nn.Module, runtime: Runtime, rows: int) -> None:
         model.remat = True
     else:
         raise no_room(model)
-    again = ", activations made again in the backward pass (--remat)" if model.remat else ""
+    again = ", activations recomputed in the backward pass (--remat)" if model.remat else ""
     runtime.say(f"memory      too small for that: {math.ceil(rows / runtime.pieces)} sequences at a time{again}; the "
                 "effective batch stays as it is")
 
@@ -207,7 +207,7 @@ def activation_bytes(model: GPT, length: int = 0) -> int:
 
 
 def fit_to_cpu(model: GPT, cfg: TrainConfig, runtime: Runtime) -> None:
-    """Measure one sequence and reckon the rest: a process that took too much would be killed instead of told."""
+    """Measure one sequence and compute the rest: a process that took too much would be killed instead of told."""
     rows, shared = cfg.batch_size, shares_out(model, runtime)
     if shared and rows > 1:
         runtime.pieces = min(rows, 2 * cores())
@@ -223,12 +223,12 @@ def fit_to_cpu(model: GPT, cfg: TrainConfig, runtime: Runtime) -> None:
     one = full = least if least > room else activation_bytes(model)  # measuring takes as much
     while math.ceil(rows / runtime.pieces) * (cores() if shared else 1) * one * 1.5 > room:
         use_less_memory(model, runtime, rows)
-        if model.remat:  # and one block's activations and transients come again in the backward pass
+        if model.remat:  # one block's activations and transients come again in the backward pass
             one = activation_bytes(model) + 3 * full // len(model.blocks)
 
 
 def fit_to_memory(model: GPT, optimizers: Optimizers, cfg: TrainConfig, runtime: Runtime) -> None:
-    """One step on the largest batch there can be, before the clock starts; on a CPU a part of it.
+    """One step on the largest batch there can be, before the clock starts; on a CPU one sequence's forward pass.
 
     Triton's kernels are compiled and tuned here, before ranks wait for each other, and micro-batches are cut until
     they fit in memory. Weights, optimizers and random numbers are left as they were; call it before a checkpoint is

@@ -1,6 +1,6 @@
 """Runs that are hard to lose: checkpoints that survive kill -9 and a full disk, locks, signals, logs, checked settings.
 
-Each function has the name, arguments and meaning of the plain one in train.py.
+What has the name of a function in train.py is its twin, with the same arguments and meaning.
 """
 from __future__ import annotations
 
