@@ -1204,6 +1204,8 @@ def finish(folder: Path, data: Data, found: dict[str, Any], step: int, minutes: 
             print(f"{'picture:':<18}{picture}")
     except Exception as error:  # a run that ended well does not end in a traceback for a picture
         print(f"{'picture:':<18}none ({reason(error)})")
+    script = "solve.py" if data.task_tokens else "sample.py"
+    print(f"{'next:':<18}python {script} {shlex.quote(str(folder))}")
 
 def train(model_cfg: ModelConfig, cfg: TrainConfig, folder: Path, resume: bool = False) -> None:
     """Train in `folder` until the budget is spent or a signal comes; go on from its checkpoint if `resume`."""

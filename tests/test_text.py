@@ -39,7 +39,8 @@ def test_a_prepared_folder_is_trained_on(shards, tmp_path, capsys):
         assert bits < line["bits_per_byte"] < bits * (1 + 2 * documents)
         assert line["sample"].startswith("<|endoftext|>the cat") and " | " in line["sample"]
     assert found[0]["sample"] != found[1]["sample"] or found[0]["val_loss"] == found[1]["val_loss"]
-    assert "bits_per_byte:" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "bits_per_byte:" in out and out.endswith("next:             python sample.py run\n")
 
 
 def test_without_its_tokenizer_the_sample_says_why(shards, monkeypatch):

@@ -413,6 +413,7 @@ def test_run_folder_of_an_arc_run(data, tmp_path, capsys):
     summary = dict(line.split(":", 1) for line in out.split("\n---\n")[1].splitlines())
     assert summary.keys() >= {"steps", "minutes", "val_loss", "solve_rate", "solved", "picture"}
     assert float(summary["val_loss"]) == pytest.approx(lines[-1]["val_loss"], abs=1e-4)
+    assert summary["next"].strip() == f"python solve.py {folder}"
     assert "held-out and evaluation tasks" in out and "--out-dir" not in out
 
     asked = list(zip(arc.questions, arc.answers, strict=True))
