@@ -32,6 +32,7 @@ def test_the_notebook_goes_from_the_files_to_a_submission(arc_dir, tmp_path, mon
     competition(arc_dir, attached / "competition")
     for name in ("extras", "data", "arc_data", "tools"):
         shutil.copytree(ROOT / name, attached / "code" / name, ignore=shutil.ignore_patterns("arcagi*", "__pycache__"))
+    shutil.copytree(ROOT / "tests" / "old_run", attached / "code" / "tests" / "old_run")  # a run that is not meant
     for name in ("train.py", "solve.py"):
         shutil.copy(ROOT / name, attached / "code")
     monkeypatch.setenv("ARC_INPUT", str(attached))
