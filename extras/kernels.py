@@ -471,7 +471,7 @@ class CrossEntropy(torch.autograd.Function):
     """`linear_cross_entropy`, a few rows at a time: the logits never exist as a whole.
 
     Gradients are made on the way, while a row's logits are at hand, as Liger-Kernel (Hsu et al. 2024,
-    arXiv:2410.10989) does.
+    arXiv:2410.10989) does. They are divided by the number of targets last, so that float16 holds them.
     """
 
     @staticmethod
@@ -479,6 +479,7 @@ class CrossEntropy(torch.autograd.Function):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         learns, few = any(ctx.needs_input_grad), max(1, 2 ** (24 if kind == "cpu" else 27) // len(weight))
+        few = min(few, 2**14) if dtype == torch.float16 else few  # whose largest number is 65504, below some sums
         w, count = weight.to(dtype), (targets != IGNORE_INDEX).sum()
         dhidden, dweight = (torch.zeros_like(v) if learns else None for v in (hidden, weight))
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -489,21 +490,23 @@ class CrossEntropy(torch.autograd.Function):
             total -= logp.gather(1, t.clamp(min=0)).mul_(real).sum()
             if learns:
                 d = logp.exp_().scatter_add_(1, t.clamp(min=0), -torch.ones_like(t, dtype=logp.dtype))
-                d = d.mul_(real / count).to(dtype)
+                d = d.mul_(real).to(dtype)
                 dhidden[i : i + few] = d @ w
                 dweight.addmm_(d.T, h) if dtype == dweight.dtype else dweight.add_(d.T @ h)
-        ctx.save_for_backward(dhidden, dweight)
+        ctx.save_for_backward(dhidden, dweight, count)
         return total / count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
-        dhidden, dweight = ctx.saved_tensors
-        return dhidden * dloss, dweight * dloss, None
+        dhidden, dweight, count = ctx.saved_tensors
+        return dhidden * (dloss / count), dweight * (dloss / count), None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """train.linear_cross_entropy without all the logits at once."""
+    if not torch.is_grad_enabled():  # which a function cannot see: it would make gradients for nobody
+        hidden, weight = hidden.detach(), weight.detach()
     return CrossEntropy.apply(hidden, weight, targets)
 
 

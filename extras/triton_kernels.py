@@ -461,6 +461,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets):
         dtype, few = product_dtype(hidden), max(1, LOGITS // len(weight))
+        few = min(few, 2**14) if dtype == torch.float16 else few  # whose largest number is 65504, below some sums
         h, w, (n, v), size = hidden.to(dtype), weight.to(dtype), (len(hidden), len(weight)), tile(len(weight))
         dhidden = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -489,6 +490,8 @@ class CrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Twin of train.py's: the logits never exist as a whole."""
+    if not torch.is_grad_enabled():  # which a function cannot see: it would make gradients for nobody
+        hidden, weight = hidden.detach(), weight.detach()
     return CrossEntropy.apply(hidden, weight, targets)
 
 
