@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import shlex
@@ -40,9 +41,10 @@ import torch
 import train
 from arc_data import tasks as files
 from arc_data.tasks import Task, canonical_hash, read_grid
-from data.files import UserError, digest, from_here, out_of_memory, read_json, reason, run_script, write_json
+from data.files import UserError, digest, from_here, read_json, reason, run_script, write_json
 from data.flags import Parser, flag, option
 from extras.decode import answer_logprobs
+from extras.memory import within_memory
 from extras.runs import AnswerLog, hold, load_config, load_model, save_checkpoint
 from extras.views import Candidate, Question, Shown, answer_in_views, answer_limit, extent, two_attempts
 from train import END, GPT, ArcDataLoader, Grid, Runtime, encode_grid
@@ -69,9 +71,9 @@ def read_questions(path: Path, split: str | None, names: Iterable[str]) -> tuple
     return questions, {name: [o for _, o in task["test"]] for name, task in tasks.items()}
 
 
-def has_splits(path: Path) -> bool:
-    """Whether a folder holds training/ or evaluation/, or Kaggle's file for one of them, and not tasks themselves."""
-    return any((path / name).exists() for split in ("training", "evaluation")
+def has_splits(path: Path, *splits: str) -> bool:
+    """Whether a folder holds training/ or evaluation/ (or just those named), or Kaggle's file for one, not tasks."""
+    return any((path / name).exists() for split in splits or ("training", "evaluation")
                for name in (split, f"data/{split}", f"arc-agi_{split}_challenges.json"))
 
 
@@ -201,13 +203,18 @@ def adapt(model: GPT, questions: list[Question], run: Run, runtime: Runtime, ste
     cfg = dataclasses.replace(run.cfg, max_lr=lr, seed=seed)
     tasks = [Task(q.name, q.demonstrations) for q in questions]
     kind = dict(task_tokens=run.task_tokens, packed=cfg.packed, seed=seed)
-    rows = len(ArcDataLoader(tasks, 1, run.model_cfg.block_size, **kind).batches())
+    try:
+        rows = len(ArcDataLoader(tasks, 1, run.model_cfg.block_size, **kind).batches())
+    except UserError:
+        raise UserError(f"--ttt-steps: none of these tasks' demonstrations fits the run's {run.model_cfg.block_size} "
+                        "tokens; leave it out") from None
     batch = min(cfg.batch_size, rows)  # so that few tasks are not repeated inside a batch
     accum = min(cfg.grad_accum_steps, rows // batch)
     loader = ArcDataLoader(tasks, batch, run.model_cfg.block_size, grad_accum_steps=accum, **kind)
     optimizers, iterator, losses = train.Optimizers(model, cfg), iter(loader), []
     model.train()
     model.remat = cfg.remat
+    train.fit_to_memory(model, optimizers, dataclasses.replace(cfg, batch_size=batch), runtime)
     for step in tqdm(range(steps), "test-time training", mininterval=1 if sys.stderr.isatty() else 30):
         batches, iterator = train.next_batches(loader, iterator)
         rate = lr * train.schedule(step / steps, cfg.warmup_frac, cfg.decay_frac)
@@ -296,17 +303,8 @@ def answer_all(model: GPT, groups: list[list[Question]], run: Run, runtime: Runt
     """The records of every group; where memory does not suffice, with smaller batches from there on."""
     batch_tokens = args.batch_tokens
     for group in groups:
-        records = None
-        while records is None:
-            try:
-                records = answer_group(model, group, run, runtime, args, batch_tokens)
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error) or batch_tokens < 1024:
-                    raise
-                batch_tokens //= 2
-                say(f"out of memory; going on with batches of {batch_tokens:,} tokens (--batch-tokens)")
-            if records is None and runtime.device.type == "cuda":  # by now the failed attempt holds no memory any more
-                torch.cuda.empty_cache()
+        answer = functools.partial(answer_group, model, group, run, runtime, args)
+        records, batch_tokens = within_memory(answer, batch_tokens, say)
         yield records
 
 
@@ -459,7 +457,7 @@ def prepare_model(model: GPT, questions: list[Question], run: Run, runtime: Runt
     model.to(runtime.device)
     model.use(runtime.ops)
     if args.ttt_steps:
-        matter = {name: value for name, value in settings.items() if name not in ("views", "block_size")}
+        matter = {name: value for name, value in settings.items() if name not in ("views", "block_size", "rescore")}
         try:
             adapted(model, out / "adapted.pt", matter,
                     lambda: adapt(model, questions, run, runtime, args.ttt_steps, args.ttt_lr, args.seed))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.files import UserError
 from data.shards import bytes_per_token, load_tokenizer, read_meta
-from extras.memory import cores, on_threads
+from extras.memory import cores, given_up, on_threads
 from train import END, GPT, IN, OUT, ROW, Data, Grid, Runtime, decode_grid
 
 # == STATES ===========================================================================================================
@@ -152,6 +152,8 @@ class Carried:
 
         While reading, states go on to `fed` at once, and what the last block says is not wanted.
         """
+        if given_up.is_set():
+            raise KeyboardInterrupt
         model = self.model
         x, rope = model.inputs(self.tokens[slots, : int(at.max()) + 1], None, at)
         place = Place(slots, at, rope, self.first[slots], self.fed[slots] if reading else None)
@@ -457,9 +459,9 @@ def tokenizer_at_hand(name: str) -> Any:
 
 
 def describe_text(model: GPT, data: Data, runtime: Runtime, loss: float) -> dict[str, Any]:
-    """The loss in bits per byte, and a "sample": the first 24 tokens of the validation shard, and 48 drawn behind them,
-    the same draw every time. Where the tokenizer cannot be had, the sample says why."""
-    text = max(data.val.shards, key=len)
+    """The loss in bits per byte of what `evaluate` reads, and a "sample": the first 24 tokens of that, and 48 drawn
+    behind them, the same draw every time. Where the tokenizer cannot be had, the sample says why."""
+    text = np.concatenate([s[: 128 * data.val.block_size] for s in data.val.shards])[: 128 * data.val.block_size]
     meta = read_meta(data.val.files[0].parent)
     tokenizer = tokenizer_at_hand(meta["tokenizer"]) if meta else ""
     if isinstance(tokenizer, str):
@@ -474,5 +476,5 @@ def describe_text(model: GPT, data: Data, runtime: Runtime, loss: float) -> dict
     tokens = torch.from_numpy(prompt)[None].to(runtime.device)
     with runtime.autocast():
         new, _ = generate(model, tokens, torch.full_like(tokens[:, 0], len(prompt)), 48, choose=choose)
-    return {"bits_per_byte": loss / math.log(2) / bytes_per_token(tokenizer, text[:2_000_000]),
+    return {"bits_per_byte": loss / math.log(2) / bytes_per_token(tokenizer, text),
             "sample": " | ".join(tokenizer.decode(part.tolist()) for part in (prompt, new[0]))}

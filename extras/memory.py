@@ -15,8 +15,9 @@ import functools
 import gc
 import math
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import train
-from arc_data.layout import HINTS
+from arc_data.layout import HINTS, OUT
 from data.files import UserError, out_of_memory
 from train import GPT, IGNORE_INDEX, PLAIN, ModelConfig, Optimizers, Runtime, TrainConfig
 
@@ -69,9 +70,37 @@ def pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(cores(), "piece", initializer=torch.set_num_threads, initargs=(1,))
 
 
-def on_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
-    """work(item) for all items on the threads of the pool, in the order of the items; the first error is raised."""
-    return pool().map(work, items)
+given_up = threading.Event()  # nobody needs what the threads do any more
+
+
+def on_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """work(item) for all items on the threads of the pool, in the order of the items; the first error is raised when
+    all have ended. What takes long looks at `given_up`: a signal interrupts the thread that waits here, no other."""
+    futures = [pool().submit(work, item) for item in items]
+    try:
+        while futures:
+            yield futures[0].result()
+            del futures[0]  # with what it holds
+    except BaseException:
+        given_up.set()
+        wait([future for future in futures if not future.cancel()])
+        given_up.clear()
+        raise
+
+
+def within_memory(work: Callable[[int], Any], batch_tokens: int, say: Callable[[str], None]) -> tuple[Any, int]:
+    """work(batch_tokens), again with half as many where memory does not suffice; and how many it was then."""
+    while True:
+        try:
+            return work(batch_tokens), batch_tokens
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error) or batch_tokens < 1024:
+                raise
+        batch_tokens //= 2
+        say(f"out of memory; going on with batches of {batch_tokens:,} tokens")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 # == PIECES ===========================================================================================================
@@ -190,6 +219,13 @@ def use_less_memory(model: nn.Module, runtime: Runtime, rows: int) -> None:
                 "effective batch stays as it is")
 
 
+def worst_batch(rows: int, length: int) -> Tensor:
+    """Tokens (rows, length) that take as much memory as any: for ARC all of an output, whose positions have hints."""
+    tokens = torch.zeros(rows, length, dtype=torch.long)
+    tokens[:, 0] = OUT
+    return tokens
+
+
 def activation_bytes(model: GPT, length: int = 0) -> int:
     """What the backward pass of one sequence keeps, apart from the weights; float32, measured. length: block_size."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -199,7 +235,7 @@ def activation_bytes(model: GPT, length: int = 0) -> int:
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    tokens = torch.zeros(1, length or model.config.block_size, dtype=torch.long)
+    tokens = worst_batch(1, length or model.config.block_size)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         loss = model(tokens, tokens)[1]
     del loss
@@ -241,7 +277,7 @@ def fit_to_memory(model: GPT, optimizers: Optimizers, cfg: TrainConfig, runtime:
         else:
             if runtime.ops is not PLAIN:
                 runtime.say("            compiling kernels, which takes minutes the first time")
-            tokens = torch.zeros(cfg.batch_size, model.config.block_size, dtype=torch.long)
+            tokens = worst_batch(cfg.batch_size, model.config.block_size)
             alone = dataclasses.replace(runtime, world=1)
             buckets = [torch.empty_like(p) for p in model.parameters()] if runtime.world > 1 else []
             mean_loss(model, [(tokens, tokens)], alone)

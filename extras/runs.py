@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -315,7 +314,7 @@ class watch_signals:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             with contextlib.suppress(AttributeError, ValueError):  # Windows has no SIGHUP; a thread has no signals
                 number = getattr(signal, name)
-                if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP, and a script's `&` SIGINT
                     self.before[number] = signal.signal(number, self.note)
         return self
 
@@ -413,7 +412,7 @@ class AnswerLog:
         """Open for appending; UserError where the file was made with other settings."""
         self.records: dict[str, dict] = {}
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-        kept = list(itertools.takewhile(bool, map(self.unseal, lines)))
+        kept = list(filter(None, map(self.unseal, lines)))
         if kept:
             before = kept[0].get("settings")
             if before != settings:
@@ -449,10 +448,11 @@ class AnswerLog:
         return " and ".join(words.get(n, f"with {n} {before.get(n)}, not {now.get(n)}") for n in changed)
 
     def write(self, records: list[dict]) -> None:
-        """Add finished tasks."""
-        self.file.write("".join(self.seal(record) for record in records if record["task"] not in self.records))
+        """Add finished tasks; one that is there already stays as it is."""
+        new = {record["task"]: record for record in records if record["task"] not in self.records}
+        self.file.write("".join(map(self.seal, new.values())))
         self.file.flush()
-        self.records |= {record["task"]: record for record in records}
+        self.records |= new
 
     def close(self) -> None:
         self.file.close()

@@ -13,6 +13,7 @@ import train
 from arc_data.tasks import Grid, Pair, Task, apply_symmetry, as_json, random_colours
 from data.files import write_json
 from extras.decode import answer_prompts
+from extras.memory import within_memory
 from train import END, GPT, Data, Runtime, TrainConfig, encode_grid, make_prompt, score_answers
 
 ROUNDS = 0, 2, 6  # first view of each round; a later one is given what has most votes by then as a draft
@@ -160,7 +161,8 @@ def answer_in_views(model: GPT, shown: list[Shown], runtime: Runtime, batch_toke
         prompts = [shown[i].prompts[k] for i, k in asked]
         for (i, k), (grid, logprob) in zip(asked, answer_prompts(model, prompts, runtime, limit, batch_tokens, drafts),
                                            strict=True):
-            shown[i].answers.append((None if grid is None else shown[i].views[k].undo(grid), logprob))
+            fits = grid is not None and grid.size + len(grid) < shown[i].limit  # the others may have a larger one
+            shown[i].answers.append((shown[i].views[k].undo(grid) if fits else None, logprob))
 
 
 def answer_questions(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder: Path,
@@ -171,11 +173,14 @@ def answer_questions(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime,
     """
     if not last:
         return train.answer_questions.plain(model, data, cfg, runtime, folder, last)
-    block_size = model.config.block_size
-    shown = [Shown(Question(name, pairs[:-1], [pairs[-1][0]]), 0, VIEWS, 0, block_size, data.task_tokens)
-             for name, pairs in data.questions]
-    batch_tokens = (1 << 19) // runtime.pieces if runtime.device.type == "cuda" else 1 << 15
-    answer_in_views(model, shown, runtime, batch_tokens)
+    questions = [Question(name, pairs[:-1], [pairs[-1][0]]) for name, pairs in data.questions]
+
+    def answered(batch_tokens: int) -> list[Shown]:
+        shown = [Shown(q, 0, VIEWS, 0, model.config.block_size, data.task_tokens) for q in questions]
+        answer_in_views(model, shown, runtime, batch_tokens)
+        return shown
+
+    shown, _ = within_memory(answered, 1 << 19 if runtime.device.type == "cuda" else 1 << 15, runtime.say)
     attempts = [two_attempts([c.grid for c in s.candidates()], s.query) for s in shown]
     right = [[np.array_equal(grid, truth) for grid in two] for two, truth in zip(attempts, data.answers, strict=True)]
     names, entries = [task.name for task in data.questions], []

@@ -1,5 +1,7 @@
 """Answers from carried states and from drafts are those of passes over whole sequences, token for token."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
-from extras import decode
+from extras import decode, memory
 
 
 def make_prompts(count: int, seed: int = 0, same_shapes: bool = False) -> list[np.ndarray]:
@@ -45,6 +47,28 @@ def test_drafts_change_no_answer(pattern, packed):
         assert torch.equal(new, tokens)
         torch.testing.assert_close(total, logp, atol=1e-4, rtol=0)
         assert drafts is not right or passes.eq(1).all()
+
+
+def test_answers_that_nobody_waits_for_end():
+    """As threads that go on after a signal would otherwise, to the end of the last answer."""
+    told = []
+
+    def work(i):
+        if i == 0:
+            raise ValueError
+        told.append(memory.given_up.wait(300))
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(memory, "pool", lambda: pool)
+        with pytest.raises(ValueError):
+            list(memory.on_threads(work, [0, 1]))
+    assert told == [True] and not memory.given_up.is_set()
+    memory.given_up.set()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            decode.draft_answers(tiny_model("MA", True), make_prompts(1), [np.array([1])], 16, train.END)
+    finally:
+        memory.given_up.clear()
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

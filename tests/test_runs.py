@@ -286,14 +286,15 @@ def test_a_signal_is_noted_ends_an_evaluation_and_handlers_are_put_back(number, 
 
 
 @posix
-def test_what_nohup_ignores_stays_ignored(monkeypatch):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["nohup", "a script's &"])
+def test_what_is_ignored_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with runs.watch_signals() as stop:
-            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(number)
             assert not stop.up
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ import train
 from arc_data.tasks import Task, apply_symmetry, canonical_hash, load_arc, read_grid, read_split
 from data.files import UserError
 from extras.decode import answer_logprobs, answer_prompts
-from extras.runs import hold, load_model
-from extras.views import Question, make_view, two_attempts, view_prompt, vote
+from extras.runs import AnswerLog, hold, load_model
+from extras.views import Question, Shown, answer_in_views, make_view, two_attempts, view_prompt, vote
 from solve import score
 from train import UNKNOWN_TASK
 
@@ -368,6 +368,33 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(trained, solved, tmp_path, monk
     assert len(asked) == len(set(asked)) == 5 * 8, "each prompt is answered once"
     interrupt(monkeypatch, 0)
     assert call(trained, "--out", out, *FEW) == 0 and tree(out) == tree(solved), "nothing is left to answer"
+
+
+def test_a_damaged_line_costs_its_own_task_alone(tmp_path):
+    path, settings = tmp_path / "answers.jsonl", {"views": 1}
+    log = AnswerLog(path, settings)
+    log.write([{"task": name, "outputs": []} for name in "abc"])
+    log.write([{"task": "a", "outputs": ["of other batches"]}])
+    log.close()
+    first, *lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([first, lines[0], lines[1].replace("b", "x"), lines[2]]))
+    again = AnswerLog(path, settings)
+    again.close()
+    assert again.records == {name: {"task": name, "outputs": []} for name in "ac"}
+    path.write_text(before := first.replace("views", "vews") + lines[0])
+    with pytest.raises(UserError, match="by another program"):
+        AnswerLog(path, settings)
+    assert path.read_text() == before
+
+
+def test_an_answer_above_the_limit_of_its_own_task_does_not_count(monkeypatch):
+    """Whatever the other tasks of the batch may say."""
+    sides = (1, 4)
+    grids = [np.zeros((side, side), np.uint8) for side in sides]
+    shown = [Shown(Question("a", [(grid, grid)], [grid]), 0, 1, 0, 1000, {}) for grid in grids]
+    monkeypatch.setattr("extras.views.answer_prompts", lambda model, prompts, *_: [(grids[1], 0.0)] * len(prompts))
+    answer_in_views(None, shown, None, 1000)
+    assert [s.answers[0][0] is None for s in shown] == [True, False]
 
 
 def test_a_group_of_which_a_part_is_written_is_answered_again_to_the_same_bytes(trained, tmp_path, monkeypatch):

@@ -279,8 +279,8 @@ def memory_settings(flags):
     given.pop("resume", None)
     cuda = torch.cuda.is_available() and given.get("device", "auto") in ("auto", "cuda")
     model_cfg, cfg = train.make_config(given, cuda)
-    if cfg.device == "mps" or not cuda and not sys.platform.startswith("linux"):
-        raise UserError("--memory can measure on cuda, and on a CPU under Linux")
+    if cfg.device == "mps" or not cuda and (cfg.device == "cuda" or not sys.platform.startswith("linux")):
+        raise UserError("--memory can measure on cuda where PyTorch sees it, and on a CPU under Linux")
     cfg.device = "cuda" if cuda else "cpu"
     tasks = Path(cfg.data_dir) if cfg.data_dir else HERE / "arc_data" / "arcagi"
     if cfg.dataset == "arc":
@@ -288,6 +288,9 @@ def memory_settings(flags):
         if tasks.is_dir():
             arc = train.load_arc(tasks, cfg.holdout, cfg.max_grid, cfg.demonstrations)
             model_cfg.n_tasks = len({train.base_task(task.name) for task in arc.tasks})
+    elif meta := train.read_meta(Path(cfg.data_dir) if cfg.data_dir else HERE / "data"):
+        model_cfg.vocab_size = -(-meta["vocab_size"] // 128) * 128
+        model_cfg.document_token = meta["end_of_text"] if cfg.reset_at_document else -1
     return model_cfg, cfg
 
 
@@ -302,7 +305,7 @@ def measure(flags, rows):
     import torch
 
     import train
-    from extras.memory import free_memory
+    from extras.memory import free_memory, worst_batch
 
     model_cfg, cfg = memory_settings(flags)
     runtime = train.Runtime.start(cfg, distributed=False)
@@ -310,7 +313,7 @@ def measure(flags, rows):
     free, before = (torch.cuda.mem_get_info()[0], 0) if cuda else (free_memory(), resident("VmRSS"))
     model = train.build_model(model_cfg, cfg, runtime)
     optimizers = train.Optimizers(model, cfg)
-    tokens = torch.zeros(rows, model_cfg.block_size, dtype=torch.long)
+    tokens = worst_batch(rows, model_cfg.block_size)
     for _ in range(2):
         train.mean_loss.plain(model, [(tokens, tokens)], runtime)  # its twin makes do with less memory
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
