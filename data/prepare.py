@@ -389,7 +389,7 @@ def prepare_text(out: Path, job: dict, locate: Callable[[str], Path], prefix: st
         complete = False
         place = shards[-1].get("next") if shards else Position()._asdict()
         shards, start = (shards, Position(*map(place.get, Position._fields))) if place else ([], Position())
-    used = len(job["files"]) if complete else start.file + 1 if shards else 0
+    used = max(len(job["files"]), len(meta["files"] or [])) if complete else start.file + 1 if shards else 0
     for was, now in itertools.zip_longest((meta["files"] or [])[:used], job["files"][:used]):
         if was != now:
             raise UserError(f"{(was or now)['name']} is not the file that the shards in {out} were begun with: "
@@ -445,7 +445,7 @@ def from_ready(out: Path, count: int) -> None:
     with checking(meta["shards"]) as listed:
         meta["shards"] = [s for s in listed if whole(out, s)]
     have, splits = {s["name"] for s in meta["shards"]}, [s["split"] for s in meta["shards"]]
-    if "val" in splits and splits.count("train") >= count:
+    if have == names and "val" in splits and splits.count("train") >= count:
         summary(out, meta, "complete already")
         return
     meta["revision"], files = hub_files(READY, None, ".bin", meta["revision"])
@@ -456,7 +456,7 @@ def from_ready(out: Path, count: int) -> None:
     meta["complete"] = False
     for name in names - have:
         (out / name).unlink(missing_ok=True)  # the hub's library might take it as it is
-    for file in val[:1] + train[:count]:
+    for file in val[:1] + [f for i, f in enumerate(train) if i < count or f["name"] in names]:
         if file["name"] not in have:
             write_json(out / "meta.json", meta)
             meta["shards"] = sorted([*meta["shards"], ready_shard(out, file, meta)], key=lambda s: s["name"])

@@ -107,9 +107,10 @@ def shard_files(folder: Path | str, split: str, names: Collection[str] | None = 
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else f"no such folder (looked for from {Path.cwd()})"
         raise UserError(f"{folder}: {what}; --data-dir wants a folder with shards, see data/README.md")
-    listed = {shard["name"] for shard in read_meta(folder).get("shards", [])}
+    meta = read_meta(folder)
+    listed = {shard["name"] for shard in meta.get("shards", [])}
     files = sorted(f for f in folder.iterdir() if f.suffix.lower() in (".npy", ".bin") and not f.name.startswith("."))
-    files = [f for f in files if ("val" in f.name) == (split == "val") and (not listed or f.name in listed)]
+    files = [f for f in files if ("val" in f.name) == (split == "val") and (not meta or f.name in listed)]
     if names is not None:
         if missing := sorted(set(names) - {f.name for f in files}):
             raise UserError(f"{folder / missing[0]}: missing, but the run was started with it; put it back")

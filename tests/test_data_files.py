@@ -270,6 +270,9 @@ def test_only_the_shards_that_are_finished_and_asked_for(tmp_path):
     (tmp_path / names[0]).write_bytes(b"")
     with pytest.raises(UserError, match=r"000001.npy: missing, or not the 208 bytes"):
         found()
+    put(tmp_path / "meta.json", meta | {"shards": []})
+    with pytest.raises(UserError, match="no training shards"):
+        found()
     put(tmp_path / "meta.json", meta | {"shards": [{"name": "../x.npy", "bytes": 208}]})
     with pytest.raises(UserError, match="meta.json: does not describe shards"):
         found()

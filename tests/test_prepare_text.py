@@ -582,6 +582,9 @@ def test_ready_shards_are_fetched_checked_and_not_fetched_again(hub, tmp_path):
     server.served.clear()
     assert run("--pretokenized", 1)[0] == 0 and server.served == [("a" * 40, names[0])]
     assert run("--pretokenized", 2, HF_ENDPOINT="http://127.0.0.1:9")[1].startswith("out is complete already: 1 valid")
+    (tmp_path / "out" / names[2]).unlink()
+    server.served.clear()
+    assert run("--pretokenized", 1)[0] == 0 and server.served == [("a" * 40, names[2])], "not asked for, but listed"
     code, _, err = run("--pretokenized", 4)
     assert code == 2 and "3 training shards" in err
 
