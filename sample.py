@@ -157,6 +157,7 @@ def write(model: GPT, encoding: Encoding, prompt: str, ids: list[int], args: arg
         print(rest[0], flush=True)
     else:
         print(f"\n{RULE}\n".join(text + end for text, end in zip(texts, rest, strict=True)), flush=True)
+    seconds = max(seconds, 1e-3)  # a clock may tick in steps of 16 ms
     read, later = tokens.numel(), count - len(texts)
     return (f"prompt      {read} tokens in {first - start:.2f} s, {read / (first - start):,.0f} tokens/s\n"
             f"new         {count} tokens" + (f" in {seconds:.2f} s, {later / seconds:,.0f} tokens/s" * (later > 0)))

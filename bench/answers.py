@@ -10,6 +10,7 @@ one token at a time, too, and have to be the same.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import sys
 import time
@@ -18,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import solve  # noqa: E402
 import train  # noqa: E402
 from arc_data.tasks import load_arc  # noqa: E402
-from data.files import run_script  # noqa: E402
+from data.files import UserError, run_script  # noqa: E402
 from extras import decode  # noqa: E402
 from extras import views as v  # noqa: E402
 from extras.runs import load_model  # noqa: E402
@@ -45,11 +47,11 @@ def one_by_one(model: train.GPT, prompts: list[np.ndarray], most: int) -> list[t
     return found
 
 
-def learn(model: train.GPT, batches: list, runtime: train.Runtime) -> int:
-    """Losses and gradients of some batches: how many tokens they had."""
+def learn(model: train.GPT, optimizers: train.Optimizers, batches: list, cfg: train.TrainConfig,
+          runtime: train.Runtime) -> int:
+    """Training steps on some batches: how many tokens they had."""
     for batch in batches:
-        train.mean_loss(model, [batch], runtime)
-        model.zero_grad(set_to_none=True)
+        train.optimizer_step(model, optimizers, [batch], cfg.max_lr, cfg, runtime)
     return sum(int((x != 0).cumsum(1).argmax(1).add(1).sum()) for x, _ in batches)  # without padding
 
 
@@ -59,6 +61,10 @@ def measure(args: argparse.Namespace) -> None:
     cfg.device, cfg.dtype = "cpu", "float32"
     runtime = train.Runtime.start(cfg, distributed=False)
     model.use(runtime.ops)
+    learner = copy.deepcopy(model)
+    optimizers = train.Optimizers(learner, cfg)
+    train.fit_to_memory(learner, optimizers, cfg, runtime)  # as a run begins: pieces for all cores
+    torch.set_num_threads(1)  # of each piece: threads that wait would count as processor time
     arc = load_arc(solve.data_path(solve.Settings(), run), cfg.holdout, cfg.max_grid, cfg.demonstrations)
     kind = dict(task_tokens=run.task_tokens, packed=cfg.packed)
     loader = train.ArcDataLoader(arc.tasks, cfg.batch_size, run.model_cfg.block_size, **kind)
@@ -67,6 +73,8 @@ def measure(args: argparse.Namespace) -> None:
     views = [[v.make_view(0, q, k) for k in range(args.views)] for q in questions]
     prompts = [[v.view_prompt(q, 0, view, run.model_cfg.block_size, run.task_tokens)[0] for view in shown]
                for q, shown in zip(questions, views, strict=True)]
+    if not questions:
+        raise UserError(f"{args.run} was trained with --holdout 0: there is nothing to ask; give another run")
     print(f"{len(questions)} held-out outputs, {args.views} views; {runtime.describe()}")
 
     tokens = learned = 0
@@ -85,11 +93,11 @@ def measure(args: argparse.Namespace) -> None:
             passes[source if grid is not None else "no grid"].append(count)
             given[i].append((None if grid is None else views[i][k].undo(grid), logp))
             tokens += 0 if grid is None else len(train.encode_grid(grid)) + 1
-        batches = [batch for batch, _ in zip(loader, range(3), strict=False)]
-        number, seconds = timed(learn, model.train(), batches, runtime)
+        batches = list(itertools.islice(loader, 3))
+        number, seconds = timed(learn, learner, optimizers, batches, cfg, runtime)
         took["training"], learned = took["training"] + seconds, learned + number
     passes["all grids"] = sum((counts for source, counts in passes.items() if source != "no grid"), [])
-    for source, n in passes.items():
+    for source, n in [(source, n) for source, n in passes.items() if n]:
         print(f"{source:<18}{len(n):>6} answers, passes: mean {np.mean(n):.2f}, median {np.median(n):g}, most {max(n)}")
     speed, training = tokens / took["answers"], learned / took["training"]
     print(f"{speed:,.0f} tokens/s answered, {training:,.0f} in training: {speed / training:.2f}")

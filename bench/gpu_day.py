@@ -26,7 +26,8 @@ import train  # noqa: E402
 
 SMOKE = os.environ.get("SMOKE") == "1"
 # Dense bf16 products with fp32 sums, operations per second, by the makers' data sheets; the first that fits counts.
-PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "4090": 165e12}
+PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+        "L40": 181e12, "L4": 121e12, "4090": 165e12}
 
 
 def setup(dataset: str, preset: str) -> tuple[train.ModelConfig, train.TrainConfig, train.Runtime]:

@@ -31,6 +31,8 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
+trap 'exit 130' INT  # train.py saves and ends well; this ends too
+trap 'exit 143' TERM HUP
 export PYTHONUNBUFFERED=1 RECORD_BEGAN
 RECORD_BEGAN=$(date +%s)
 [ -d "$data" ] || "$python" arc_data/prepare.py --version "$(basename "$data")"
@@ -44,6 +46,8 @@ else
     train+=(--dataset arc --preset "$preset" --data-dir "$data" "${flags[@]}")
 fi
 "$python" "${train[@]}"
+answers=$out/solve-evaluation/answers.jsonl
+if [ "$out/checkpoint.pt" -nt "$answers" ]; then rm -f "$answers"; fi  # those of other weights
 export RECORD_TRAINED
 RECORD_TRAINED=$(date +%s)
 "$python" solve.py "$out" --views "$views" --split evaluation --out "$out/solve-evaluation" "${solve_flags[@]}"
@@ -57,7 +61,7 @@ from pathlib import Path
 import torch
 
 import train
-from data.files import read_json, write_json
+from data.files import read_json, read_text, write_json
 
 out = Path(sys.argv[1])
 config = read_json(out / "config.json")
@@ -72,11 +76,15 @@ def installed(name):
 
 with torch.device("meta"):
     model = train.GPT(train.ModelConfig(**config["model"]))
+cpu = [line.split(":")[1].strip() for line in read_text(Path("/proc/cpuinfo")).splitlines() if "model name" in line]
+hardware = f"{len(cpu)} x {cpu[0]}" if cpu else platform.machine()
+if torch.cuda.is_available() and config["train"]["device"] != "cpu":
+    hardware = torch.cuda.get_device_name()
 git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
 began, trained, now = int(os.environ["RECORD_BEGAN"]), int(os.environ["RECORD_TRAINED"]), time.time()
 write_json(out / "record.json", {
     "date": str(date.today()), "commit": git.stdout.strip() or os.environ.get("GIT_COMMIT"), "command": sys.argv[2],
-    "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+    "hardware": hardware,
     "versions": {name: installed(name) for name in ("torch", "triton", "mamba-ssm", "numpy")} | {"python": sys.version},
     "minutes": {"training": lines[-1]["minutes"], "training with start-up, this time": (trained - began) / 60,
                 "answering, this time": (now - trained) / 60},

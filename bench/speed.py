@@ -145,9 +145,12 @@ def nano_step(kernels: str, dtype: str, rows: int, steps: int = 4) -> Contestant
     with contextlib.redirect_stdout(None):
         data = train.open_data(model_cfg, cfg, train.Runtime(torch.device("cpu"), torch.float32))
     torch.manual_seed(0)
-    model, iterator = train.GPT(model_cfg), iter(data.train)
+    model, iterator, batches = train.GPT(model_cfg), iter(data.train), []
     where, threads = runtime(kernels, dtype, model, rows)
-    optimizers, batches = train.Optimizers(model, cfg), [next(iterator) for _ in range(steps)]
+    optimizers = train.Optimizers(model, cfg)
+    for _ in range(steps):
+        (batch,), iterator = train.next_batches(data.train, iterator)
+        batches.append(batch)
 
     def work() -> list[Any]:
         return [train.optimizer_step(model, optimizers, [batch], 1e-3, cfg, where) for batch in batches]

@@ -37,6 +37,8 @@ def one(out: Path, data: Path, name: str, seed: int, minutes: float) -> dict[str
     folder = out / f"{name}-{seed}-{minutes:g}"
     flags = f"--dataset fineweb --preset nano --device cpu --eval-every 0 --seed {seed} --max-minutes {minutes:g}"
     argv = [*flags.split(), *MODELS[name].split(), "--data-dir", str(data), "--out-dir", str(folder)]
+    if (folder / "checkpoint.pt").exists():  # it was stopped
+        argv = ["--resume", "--out-dir", str(folder)]
     clock = SimpleNamespace(monotonic=time.process_time)
     with mock.patch.object(train, "time", clock), open(f"{folder}.log", "w", encoding="utf-8") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
@@ -45,6 +47,8 @@ def one(out: Path, data: Path, name: str, seed: int, minutes: float) -> dict[str
     model = train.GPT(runs.load_config(folder)[0])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps, last = [line for line in lines if "loss" in line], lines[-1]
+    if "val_loss" not in last:
+        raise SystemExit(f"text.py: {name} seed {seed} was stopped; the same command goes on")
     return {"model": name, "seed": seed, "minutes": minutes, "flags": MODELS[name], "steps": len(steps),
             "parameters": sum(p.numel() for p in model.parameters()), "val_loss": last["val_loss"],
             "bits_per_byte": last.get("bits_per_byte"), "sample": last.get("sample")}

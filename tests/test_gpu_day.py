@@ -1,4 +1,4 @@
-"""bench/gpu_day.sh at toy size on a CPU, so that nothing but the GPU is new on the day there is one."""
+"""bench/gpu_day.sh and record.sh at toy size on a CPU, so that nothing but the GPU is new on the day there is one."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from helpers import TINY, copy_small_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 lacking = [tool for tool in ("bash", "timeout", "realpath", "tar") if not shutil.which(tool)]
@@ -36,6 +37,23 @@ def test_what_fails_stops_nothing_and_all_is_packed(tmp_path):
     assert code == 1 and pieces["parity"] == "1" and pieces["small"] == "0"
     assert pieces["arc"] == "124" and pieces["answers"] == pieces["hf-granite"] == "unstarted"
     assert {"pieces.tsv", "results.jsonl", "parity.log", "arc.log"} < set(packed)
+
+
+@needs_linux
+def test_a_record_and_a_longer_one(tmp_path, arc_dir):
+    """bench/record.sh, and again with more minutes: other weights, so all is answered anew."""
+    copy_small_tasks(arc_dir, tmp_path / "tasks", 6, 2)
+    command = ["bash", ROOT / "bench" / "record.sh", "--preset", "nano", "--views", "1", "--out", tmp_path / "run",
+               "--data-dir", tmp_path / "tasks", "--flags", " ".join([*TINY, "--device", "cpu", "--holdout", "0"])]
+    steps = []
+    for minutes in ("0.01", "0.02"):
+        done = subprocess.run([*command, "--train-minutes", minutes], env=os.environ | {"PYTHON": sys.executable},
+                              capture_output=True, text=True, timeout=600)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found = json.loads((tmp_path / "run" / "record.json").read_text())
+        steps.append(found["steps"])
+        assert found["scores"]["tasks"] == 2 and found["minutes"]["training"] >= float(minutes) and found["hardware"]
+    assert steps[0] < steps[1]
 
 
 @needs_linux

@@ -38,7 +38,7 @@ def find_question(run: solve.Run, name: str) -> tuple[Question, list[Grid | None
             raise UserError(f"{name} holds {len(questions)} tasks; give a file of one")
         return questions[0], truths[questions[0].name]
     path = solve.data_path(solve.Settings(), run)
-    for split in ("evaluation", "training"):
+    for split in [split for split in ("evaluation", "training") if solve.has_splits(path, split)]:
         questions, truths = solve.read_questions(path, split, ())
         if found := [q for q in questions if q.name == name]:
             return found[0], truths[name]
@@ -63,7 +63,8 @@ def draw_views(path: Path, question: Question, shown: Shown, truth: Grid | None)
     answers = [grid for grid, _ in shown.answers]
     known = [grid for grid in answers if grid is not None]
     pairs = [grid for pair in question.demonstrations[:3] for grid in pair]
-    scales = [SIDE / max(max(grid.shape) for grid in grids) for grids in ([*pairs, shown.query], [shown.query, *known])]
+    others = [shown.query, *known, *([] if truth is None else [truth])]
+    scales = [SIDE / max(max(grid.shape) for grid in grids) for grids in ([*pairs, shown.query], others)]
     first, second = two_attempts([c.grid.tolist() for c in shown.candidates()], shown.query)
 
     def votes(grid: Grid) -> int:
