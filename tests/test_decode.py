@@ -1,5 +1,6 @@
 """Answers from carried states and from drafts are those of passes over whole sequences, token for token."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -51,11 +52,13 @@ def test_drafts_change_no_answer(pattern, packed):
 
 def test_answers_that_nobody_waits_for_end():
     """As threads that go on after a signal would otherwise, to the end of the last answer."""
-    told = []
+    told, begun = [], threading.Event()
 
     def work(i):
         if i == 0:
+            begun.wait(300)
             raise ValueError
+        begun.set()
         told.append(memory.given_up.wait(300))
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:

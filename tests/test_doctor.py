@@ -125,7 +125,7 @@ def test_a_gpu_that_cannot_compute(report, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "Tesla T4")
     monkeypatch.setattr(torch, "ones", ones)
     doctor.look_at_gpu(report, torch, 0)
-    assert "Tesla T4, capability 7.5 (no bf16 units, trains in fp32), 10.0 of 16.0 GiB free" in str(report)
+    assert "Tesla T4, capability 7.5 (no bf16 units, trains in fp16), 10.0 of 16.0 GiB free" in str(report)
     assert "no kernel image is available" in str(report) and not report.can_train
     assert "--device cpu" in report.problems[0][1]
 
