@@ -52,8 +52,8 @@ def test_a_record_and_a_longer_one(tmp_path, arc_dir):
         assert done.returncode == 0, done.stderr
         found = json.loads((tmp_path / "run" / "record.json").read_text())
         steps.append(found["steps"])
-        scores = found["scores"]
-        assert scores["tasks"] + scores["tasks_left_out"] == 2 and found["minutes"]["training"] >= float(minutes) and found["hardware"]
+        assert found["scores"]["tasks"] + found["scores"]["tasks_left_out"] == 2 and found["hardware"]
+        assert found["minutes"]["training"] >= float(minutes)
     assert steps[0] < steps[1]
 
 
