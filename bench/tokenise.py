@@ -1,8 +1,7 @@
-"""How fast data/prepare.py tokenises, how much memory it takes, and whether it survives being killed.
+"""How fast data/prepare.py tokenises, and how much memory it takes.
 
     python bench/tokenise.py speed my.txt                # beside one encode_ordinary a document in a pool, in one run
     python bench/tokenise.py memory my.txt               # peak memory while tokenising 1 GB (Linux)
-    python bench/tokenise.py kills my.txt                # killed 20 times at random moments: the same files to the byte
 
 `my.txt` is any English text; corpora of the size asked for are made of its lines, shuffled anew for every document. The
 GPT-2 vocabulary has to be there or to be had (data/README.md). Nothing else should run on the machine.
@@ -185,44 +184,13 @@ def memory(text: str, work: Path, megabytes: float) -> dict:
     return found
 
 
-def kills(text: str, work: Path, megabytes: float, times: int) -> dict:
-    """Kill the command `times` times at random moments, always going on, and compare with an uninterrupted run.
-
-    Whenever it comes to its end all files are compared and a new folder is begun.
-    """
-    corpus = write_corpus(work / "kills.jsonl", text, megabytes)
-    few = ("--shard-tokens", 500_000, "--val-tokens", 300_000)
-    began = time.perf_counter()
-    subprocess.run(prepare(corpus, work / "straight", *few), check=True, stdout=subprocess.DEVNULL)
-    took = time.perf_counter() - began
-    wanted = {f.name: f.read_bytes() for f in (work / "straight").iterdir()}
-    rng, killed, folder, at, same = random.Random(1), 0, 0, [], False
-    while killed < times or not same:
-        same, out = False, work / f"killed{folder}"
-        process = subprocess.Popen(prepare(corpus, out, *few), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(rng.uniform(0, took) if killed < times else None)
-            assert process.returncode == 0
-            same = {f.name: f.read_bytes() for f in out.iterdir()} == wanted
-            assert same, f"{out} is not what an uninterrupted run writes"
-            folder += 1
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            killed, at = killed + 1, [*at, len(list(out.glob("*.npy")))]
-    print(f"killed {killed} times, with {at} of {len(wanted) - 1} shards written; {folder} folders came to their end, "
-          "all the same to the byte as that of an uninterrupted run")
-    return {"kills": killed, "shards at each": at, "shards": len(wanted) - 1, "folders finished and equal": folder}
-
-
 def main() -> None:
     """Make the corpus in a temporary folder, measure, keep the numbers in bench/results/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("speed", "memory", "kills", "parent"), help="what to measure")
+    parser.add_argument("what", choices=("speed", "memory", "parent"), help="what to measure")
     parser.add_argument("text", type=Path, help="a text to make the corpora of")
-    parser.add_argument("--megabytes", type=float, help="size of a corpus (default: 150, 1000, 30)")
+    parser.add_argument("--megabytes", type=float, help="size of a corpus (default: 150, 1000)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each way, in turn, for the speed")
-    parser.add_argument("--times", type=int, default=20, help="how often to kill")
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.what == "parent":
@@ -231,8 +199,7 @@ def main() -> None:
     text, size = args.text.read_text(encoding="utf-8"), args.megabytes
     with tempfile.TemporaryDirectory() as work:
         found = {"speed": lambda: speed(text, Path(work), size or 150, args.rounds),
-                 "memory": lambda: memory(text, Path(work), size or 1000),
-                 "kills": lambda: kills(text, Path(work), size or 30, args.times)}[args.what]()
+                 "memory": lambda: memory(text, Path(work), size or 1000)}[args.what]()
     print(json.dumps(found, indent=1))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     out = ROOT / "bench" / "results" / f"{date.today()}-tokenise-{args.what}.json"
