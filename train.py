@@ -22,8 +22,8 @@ extras/name.py that is faster or survives more, and that is used if the file exi
 Sections, in order (grep -n '^# == ' train.py):
     SIZES  OPS  MODEL  GRIDS  DATA  CONFIG  OPTIMIZER  RUN  STEP  EVALUATE  TRAIN  CLI
 
-Letters: B batch, T time, D width, H heads, P channels per head, N state size, Q chunk length, V vocabulary, K taps of
-the convolution. In the scan A, B, C, D are the paper's, and G counts groups of B and C (one here).
+Letters: B batch, T time, W and M some of its positions, D width, H heads, P channels per head, N state size, Q chunk
+length, V vocabulary, K taps of the convolution. In the scan A, B, C, D are the paper's, and G counts groups of B, C.
 Mamba-2 is Dao & Gu 2024, "Transformers are SSMs" (arXiv:2405.21060).
 """
 from __future__ import annotations
@@ -70,8 +70,8 @@ TASK_DROPOUT = 0.3  # share of training sequences that do not say which task the
 MAX_BAD_STEPS = 5  # steps in a row with a non-finite loss or gradient that end a run
 
 def twin(module: str) -> Callable:
-    """Decorator: a call runs the function of this name in extras/<module>.py if that file exists, and else this one,
-    which is always `.plain`."""
+    """Decorator: calls go to the function of this name in extras/<module>.py where that file exists, else to the one
+    decorated. `f.plain` is always the one decorated."""
     def decorate(plain: Callable) -> Callable:
         @functools.wraps(plain)
         def call(*args, **kwargs):
@@ -98,7 +98,7 @@ class ModelConfig:
     d_state: int = option(64, "Mamba-2 state size N, per channel")
     headdim: int = option(64, "Mamba-2 channels per head, P")
     d_ff: int = option(1536, "hidden width of the SwiGLU")
-    dropout: float = option(0.0, "dropout on what each mixer and MLP adds, 0 to 1")
+    dropout: float = option(0.0, "dropout on what each mixer and MLP adds, from 0 to below 1")
     d_conv: int = 4
     expand: int = 2
     chunk_size: int = 64
@@ -111,7 +111,7 @@ class ModelConfig:
     n_tasks: int = 0  # ARC: tasks with a token of their own
 
 # == OPS ==============================================================================================================
-# Every operation of the model but its matrix products, as short as it can be written. `pick_ops` may choose faster
+# What the model does beside embeddings and linear layers, as short as it can be written. `pick_ops` may choose faster
 # functions with the same arguments and meaning: extras/kernels.py has them, for a CPU and for CUDA.
 
 class Film(NamedTuple):
@@ -128,14 +128,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, 
     h = x.float() if gate is None else x.float() * F.silu(gate.float())
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight
     if film is not None:
-        scale, shift = F.embedding(film.tasks, film.table).chunk(2, dim=-1)
+        scale, shift = F.embedding(film.tasks, film.table).float().chunk(2, dim=-1)
         h = h * (1 + scale) + shift
     return h.to(x.dtype)
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None = None) -> Tensor:
     """silu(bias + sum over k of weight[:, k] * x[t - K + 1 + k]): depthwise, zero before the start.
 
-    x (B, T, C), weight (C, K), bias (C,); seq_idx (B, T) or None: nothing comes from a position with another id.
+    x (B, T, E), weight (E, K), bias (E,); seq_idx (B, T) or None: nothing comes from a position with another id.
     Shifted multiply-adds, because on a CPU the backward of a depthwise `conv1d` takes fifty times as long.
     """
     y = bias + x * weight[:, -1]
@@ -151,7 +151,7 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size:
              initial_states: Tensor | None = None, return_final_states: bool = False):
     """The state space dual form of Mamba-2, chunk by chunk, in float32, for any length (the paper's listing 1).
 
-        h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t]        y[t] = C[t] h[t] + D x[t]        for each head
+        h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] B[t]^T      y[t] = h[t] C[t] + D x[t]      h (P, N), in each head; A < 0
 
     Same arguments and meaning as `mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined`: x (B, T, H, P),
     dt (B, T, H), A (H,), B and C (B, T, G, N), D (H,), dt_bias (H,); seq_idx (B, T) ascending ids from 0, the state
@@ -252,7 +252,7 @@ class RMSNorm(Layer):
         return self.ops.rms_norm(x, self.weight, self.eps, gate, film)
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (B, T, head_dim / 2) of rotary positions over one or three axes.
+    """Cosine and sine (B or 1, T, head_dim / 2) of rotary positions over one or three axes.
 
     positions is (B, T, 1), or (B, T, 3) with column, row and number of the grid: then 5, 5 and 6 of 16 pairs of
     channels rotate with each, and the base is 100 instead of theta, because these axes are at most a few dozen long.
@@ -364,9 +364,8 @@ class GPT(Layer):
         for name, p in self.named_parameters():  # leaves A_log, D, dt_bias, norms and the convolution as they are
             if p.dim() == 2:
                 deep = name.endswith(("out_proj.weight", "down.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * len(cfg.pattern)) if deep else 0.02)
-        if cfg.grid:
-            nn.init.zeros_(self.film.weight)
+                last = 1 / math.sqrt(2 * len(cfg.pattern)) if deep else name != "film.weight"  # films begin at zero
+                nn.init.normal_(p, std=0.02 * last)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
 
@@ -383,7 +382,7 @@ class GPT(Layer):
     def inputs(self, tokens: Tensor, documents: Tensor | None,
                at: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Input of the first block (B, T, D) and the angles of the rotary positions; with `at` (B, W), at these
-        positions only."""
+        positions only: an answer in the making adds few at a time."""
         at = torch.arange(tokens.shape[1], device=tokens.device)[None] if at is None else at
         positions, at = at[..., None], at.expand(len(tokens), -1)
         x = self.embed(tokens.gather(1, at))
@@ -392,7 +391,7 @@ class GPT(Layer):
             col, row, grid, output = (v.gather(1, at).clamp(0, 31) for v in layout[:4])
             x = x + self.embed_col(col) + self.embed_row(row) + self.embed_role(output)
             hinted = output if self.config.recall else torch.ones_like(output)  # there is no hint on inputs
-            some = true_first(hinted)  # (B, M)
+            some = true_first(hinted)  # (B, M): where in `at`; rows with fewer end with others, which are zeroed below
             near = self.embed_near(layout.hints(tokens, at.gather(1, some), self.config.recall))  # (B, M, D)
             near = near.to(x.dtype) * hinted.gather(1, some)[..., None]
             x = x.scatter_add(1, some[..., None].expand_as(near), near)
@@ -405,7 +404,7 @@ class GPT(Layer):
             return [(None, None)] * len(self.blocks)
         if documents is None:  # a film for each row
             tasks, vectors = torch.arange(len(tokens), device=tokens.device)[:, None], self.embed(tokens[:, 0])
-        else:  # films for all tasks; each position looks up its own
+        else:  # a film for each task of the data, of which there are fewer; each position looks up its document's
             index = torch.arange(tokens.shape[1], device=tokens.device)
             first = torch.where(tokens >= self.config.document_token, index, 0).cummax(1).values
             tasks, vectors = (tokens.gather(1, first) - UNKNOWN_TASK).clamp(min=0), self.embed.weight[UNKNOWN_TASK:]
@@ -433,7 +432,7 @@ class GPT(Layer):
 @torch.no_grad()
 def generate(model: GPT, tokens: Tensor, lengths: Tensor, max_new_tokens: int, stop: int = -1,
              choose: Callable | None = None) -> tuple[Tensor, Tensor]:
-    """Continue prompts (B, T), padded on the right to `lengths` (B,), until each has said `stop`.
+    """Continue prompts (B, T), of which the first `lengths` (B,) tokens are real, until each has said `stop`.
 
     `choose` makes tokens (B,) of log-probabilities (B, V); without it the likeliest is taken. Returns the new tokens
     (B, <= max_new_tokens), padded with `stop`, and the summed log-probability of each row's tokens (B,).
@@ -511,12 +510,12 @@ class Loader:
         self.rank, self.world = rank, world_size
         self.effective = batch_size * grad_accum_steps * world_size
         self.epoch = self.position = 0  # position counts this rank's micro-batches
-        self.narrow = self.narrowed = False  # whether the next epoch, and this one, is of the tasks in focus alone
+        self.narrow = self.narrowed = False  # ARC: only tasks in `focus`? wanted from now on (--focus); in this epoch
         self.tokens = self.padding = 0  # positions yielded so far, and how many of them were padding
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = self.batches()
-        while self.position < len(batches) * self.accum:
+        while self.position < len(batches) * self.accum and self.narrowed >= self.narrow:
             step, micro = divmod(self.position, self.accum)
             first = (micro * self.world + self.rank) * self.batch_size
             self.position += 1
@@ -840,12 +839,12 @@ class Optimizers:
         mixer = model.blocks[int(name.split(".")[1])].mixer
         if name.endswith("in_proj.weight"):
             d_inner, _, nheads = mixer.sizes
-            sizes = [d_inner, d_inner, mixer.d_state, mixer.d_state, nheads]  # z, x, B and C; the fifth, dt, is AdamW's
+            sizes = [d_inner, d_inner, mixer.d_state, mixer.d_state, nheads]  # z, x, B, C to Muon; dt, number 4, not
         else:
             n = 3 if "qkv" in name else 2 if "up" in name else 1  # query, key, value; gate, up; or one matrix
             sizes = [len(p) // n] * n
         ends = np.cumsum(sizes).tolist()
-        return [(slice(e - n, e), i < 4) for i, (n, e) in enumerate(zip(sizes, ends, strict=True))]
+        return [(slice(e - n, e), i != 4) for i, (n, e) in enumerate(zip(sizes, ends, strict=True))]
 
     def step(self, lr: float) -> None:
         """One step at this learning rate."""
@@ -897,8 +896,9 @@ class Runtime:
         ops = pick_ops(device, dtype, cfg.kernels)
         if world > 1:
             torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=2))
-        scaler = torch.amp.GradScaler(kind, init_scale=1024.0, growth_interval=200, enabled=dtype == torch.float16)
-        return Runtime(device, dtype, ops, rank, world, scaler=scaler)  # float16 loses gradients below 6e-8
+        half = dtype == torch.float16  # it loses gradients below 6e-8, so the loss is scaled up
+        scaler = torch.amp.GradScaler(kind, init_scale=1024.0, growth_interval=200, enabled=half)
+        return Runtime(device, dtype, ops, rank, world, scaler=scaler)
 
     def say(self, text: str) -> None:
         """Print once, whatever the number of processes."""
@@ -938,7 +938,7 @@ def hold(folder: Path) -> Any:
 def watch_signals() -> Any:
     """A context with `.up`, whether the run is to stop, and `.at_once()`, a context in which a signal stops at once.
 
-    In the plain version Ctrl-C ends the run at once, and the last checkpoint stays.
+    The plain version watches nothing: Ctrl-C ends the run at once, and the last checkpoint stays.
     """
     return contextlib.nullcontext(argparse.Namespace(up=False, at_once=contextlib.nullcontext))
 
@@ -1030,7 +1030,7 @@ def mean_loss(network: nn.Module, batches: list[tuple[Tensor, Tensor]], runtime:
     """The mean loss over all supervised tokens of an effective batch, whatever its slices; its gradients, times the
     scaler's scale, if `learn`.
 
-    Each micro-batch weighs as much as it has supervised tokens; ranks exchange gradients on the last one only.
+    Each micro-batch weighs as its supervised tokens, times `world`: ranks average gradients, on the last one only.
     """
     counts = [int((y != IGNORE_INDEX).sum()) for _, y in batches]
     total, mean = torch.tensor(sum(counts), device=runtime.device), torch.zeros((), device=runtime.device)
@@ -1137,7 +1137,7 @@ def evaluate(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder:
     if data.val is None:
         return {}
     model.eval()
-    batches = None if data.questions else math.ceil(128 / cfg.batch_size)  # all questions, or 128 windows of text
+    batches = None if data.questions else math.ceil(128 / cfg.batch_size)  # all, or at least 128 windows of text
     found: dict[str, Any] = {"val_loss": validation_loss(model, data.val, runtime, batches)}
     if data.questions:
         found |= answer_questions(model, data, cfg, runtime, folder, last)

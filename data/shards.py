@@ -191,9 +191,12 @@ def cached(folder: str, file: str) -> bool:
 def reachable(url: str) -> bool:
     """Whether the host of `url`, or the proxy in front of it, takes a connection within PATIENCE seconds."""
     place = urlsplit(url)
-    proxy = None if urllib.request.proxy_bypass(place.hostname) else urllib.request.getproxies().get(place.scheme)
-    place = urlsplit(proxy) if proxy else place
-    address = place.hostname, place.port or (80 if place.scheme == "http" else 443)
+    proxy = None if urllib.request.proxy_bypass(place.hostname or "") else urllib.request.getproxies().get(place.scheme)
+    place = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else place
+    try:
+        address = place.hostname, place.port or (80 if place.scheme == "http" else 443)
+    except ValueError as error:  # no port
+        raise UserError(f"{place.geturl()}, an address out of the environment: {error}") from None
     answered = []
 
     def knock() -> None:

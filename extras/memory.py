@@ -257,7 +257,8 @@ def fit_to_cpu(model: GPT, cfg: TrainConfig, runtime: Runtime) -> None:
         raise UserError(f"{rows} sequences of {longest} tokens do not fit in memory; lower --batch-size, and raise "
                         "--grad-accum-steps instead")
     one = full = least if least > room else activation_bytes(model)  # measuring takes as much
-    while math.ceil(rows / runtime.pieces) * (cores() if shared else 1) * one * 1.5 > room:
+    at_once = min(cores(), min(rows, runtime.pieces) * cfg.grad_accum_steps) if shared else 1
+    while math.ceil(rows / runtime.pieces) * at_once * one * 1.5 > room:
         use_less_memory(model, runtime, rows)
         if model.remat:  # one block's activations and transients come again in the backward pass
             one = activation_bytes(model) + 3 * full // len(model.blocks)

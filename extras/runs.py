@@ -156,7 +156,7 @@ def process_problems() -> list[str]:
         return []
     if len(given) == 5 and all(given[name].isdecimal() for name in (*names, "MASTER_PORT")):
         rank, world, local, port = (int(given[name]) for name in (*names, "MASTER_PORT"))
-        with contextlib.suppress(OSError):  # torch would try to reach a host that is none for two hours
+        with contextlib.suppress(OSError, ValueError):  # torch would try to reach a host that is none for two hours
             if rank < world and local < world and 0 < port < 2**16 and socket.getaddrinfo(given["MASTER_ADDR"], port):
                 return []
     return [f"WORLD_SIZE is {given['WORLD_SIZE']!r}, but RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT do not fit it; "
@@ -192,8 +192,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     The checkpoint before it stays in place until this one is on disk and has been read back.
     """
     if not torch.stack(torch._foreach_norm([v.float() for v in state["model"].values()])).isfinite().all():
-        raise UserError(f"{path}: not written, because weights are not finite; start again with a lower --max-lr, or "
-                        "--resume from the checkpoint before")
+        raise UserError(f"{path}: not written, because weights are not finite; use a lower learning rate, or go on "
+                        "from the checkpoint before")
     try:
         with replacing(path, check_content) as file:
             torch.save(state, file)
@@ -450,8 +450,11 @@ class AnswerLog:
     def write(self, records: list[dict]) -> None:
         """Add finished tasks; one that is there already stays as it is."""
         new = {record["task"]: record for record in records if record["task"] not in self.records}
-        self.file.write("".join(map(self.seal, new.values())))
-        self.file.flush()
+        try:
+            self.file.write("".join(map(self.seal, new.values())))
+            self.file.flush()
+        except OSError as error:  # a full disk does not say whose
+            raise UserError(f"{self.file.name}: {reason(error)}; make room, and the same command goes on") from None
         self.records |= new
 
     def close(self) -> None:

@@ -16,13 +16,14 @@ def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def test_inline_metadata_equals_requirements_txt():
-    """`uv run train.py` reads the block (PEP 723), pip reads the file."""
-    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", read("train.py"))["content"]
+@pytest.mark.parametrize("script", ["train.py", "solve.py", "sample.py"])
+def test_inline_metadata_equals_requirements_txt(script):
+    """`uv run` reads the block (PEP 723), pip reads the file."""
+    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", read(script))["content"]
     text = re.sub(r"(?m)^# ?", "", block)
     listed = [re.sub(r"\s*#.*", "", line) for line in read("requirements.txt").splitlines()]
     assert ast.literal_eval(re.search(r"dependencies = (\[.*?\])", text, re.DOTALL)[1]) == [s for s in listed if s]
-    assert 'requires-python = ">=3.10"' in text and read("train.py").startswith("# /// script")
+    assert 'requires-python = ">=3.10"' in text and read(script).startswith("# /// script")
 
 
 @pytest.mark.skipif(not (ROOT / "Dockerfile").exists(), reason="this is no whole checkout")

@@ -29,7 +29,7 @@ from data.flags import Parser
 
 HERE = Path(__file__).resolve().parent.parent
 INSTALL = "python -m pip install -r requirements.txt"
-REINSTALL = "python -m pip install --force-reinstall 'torch>=2.9,<2.14'"
+REINSTALL = "python -m pip install --force-reinstall \"torch>=2.9,<2.14\""
 NEEDED = ("torch", "numpy", "tqdm")  # train.py does not start without them
 KERNELS = (  # the pure-Python wheel: its Triton kernels are all that we use
     "python -m pip install setuptools wheel packaging ninja einops\n"

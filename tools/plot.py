@@ -90,7 +90,8 @@ def read_predictions(path: Path) -> list[dict]:
 
         shown = [(grid(pair["input"]), grid(pair["output"])) for pair in entry["demonstrations"]]
         grids = {key: grid(entry[key]) for key in ("input", "prediction", "truth")}
-        return {"name": printable(entry["task"]), "test": entry["test"], "demonstrations": shown} | grids
+        name = printable(entry["task"]) + ", second attempt" * (entry.get("attempt") == 2)
+        return {"name": name, "test": entry["test"], "demonstrations": shown} | grids
 
     return [checked(number, entry) for number, entry in enumerate(entries)]
 

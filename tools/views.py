@@ -42,7 +42,7 @@ def find_question(run: solve.Run, name: str) -> tuple[Question, list[Grid | None
         questions, truths = solve.read_questions(path, split, ())
         if found := [q for q in questions if q.name == name]:
             return found[0], truths[name]
-    raise UserError(f"{path} has no task {name}; give its name, or a file")
+    raise UserError(f"{path} has no task {name}; give its name there, or its file")
 
 
 def draw_cell(sheet: Axes, grid: Grid | None, x: float, y: float, size: float, text: str, colour: str = QUIET) -> None:
@@ -81,8 +81,8 @@ def draw_views(path: Path, question: Question, shown: Shown, truth: Grid | None)
          [(v.show(shown.query), f"view {k}", QUIET) for k, (v, _) in enumerate(views, 1)]),
         ("answers", [(a if a is None else v.show(a), "", QUIET) for v, a in views]),
         ("turned back", [(a, "" if a is None else f"{votes(a)} of {len(views)} say so", colour(a)) for _, a in views]),
-        ("the result", [(first, f"first attempt, {votes(first)} votes", colour(first)),
-                        (second, f"second, {votes(second)} votes", colour(second))]
+        ("the result", [(grid, f"{name}: {votes(grid)} of {len(views)}", colour(grid))
+                        for name, grid in (("first", first), ("second", second))]
          + [(truth, "truth", QUIET)] * (truth is not None)),
     ]
     with style.context(STYLE, after_reset=True):
