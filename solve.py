@@ -10,8 +10,9 @@
     python solve.py --score submission.json --data-dir arc_data/arcagi --split evaluation
 
 A view shows a task under one of its 8 symmetries, a permutation of colours and an order of demonstrations. The answer
-to each view is mapped back and counts as a vote; what is no grid, or a copy of the input, does not count
-(extras/views.py). Stopped and started again, it goes on behind the last finished task.
+to each view is mapped back and counts as a vote; what is no grid, or a copy of the input, does not count. The model
+then scores all candidates in eight views, and the best two are the attempts (extras/views.py). Stopped and started
+again, it goes on behind the last finished task.
 
     answers.jsonl      a line a finished task, behind a line with the settings
     submission.json    Kaggle's layout: {task: [{"attempt_1": grid, "attempt_2": grid}, one a test input, ...]}
@@ -47,11 +48,10 @@ from arc_data import tasks as files
 from arc_data.tasks import Task, canonical_hash, read_grid
 from data.files import UserError, digest, fits, from_here, read_json, reason, run_script, write_json
 from data.flags import Parser, flag, option
-from extras.decode import answer_logprobs
 from extras.memory import within_memory
 from extras.runs import AnswerLog, hold, load_config, load_model, save_checkpoint
-from extras.views import Candidate, Question, Shown, answer_in_views, answer_limit, extent, two_attempts
-from train import END, GPT, ArcDataLoader, Grid, Runtime, encode_grid
+from extras.views import Candidate, Question, Shown, answer_in_views, answer_limit, extent, rescored, two_attempts
+from train import GPT, ArcDataLoader, Grid, Runtime
 
 KEPT = 5  # candidates of an output that are written down; two of them are attempts
 
@@ -282,20 +282,6 @@ def answer_group(model: GPT, group: list[Question], run: Run, runtime: Runtime, 
     return list(records.values())
 
 
-def rescored(model: GPT, shown: list[Shown], runtime: Runtime, batch_tokens: int) -> list[list[Candidate]]:
-    """The candidates of each output by the sum, over all its views, of their log-probabilities: a product of experts,
-    in which a candidate that one view thinks impossible loses."""
-    best = [s.candidates() for s in shown]
-    asked = [(i, k) for i, s in enumerate(shown) for k in range(len(s.views)) if len(best[i]) > 1]
-    answers = [[np.append(encode_grid(shown[i].views[k].show(c.grid)), END) for c in best[i]] for i, k in asked]
-    totals = [np.zeros(len(candidates)) for candidates in best]
-    found = answer_logprobs(model, [shown[i].prompts[k] for i, k in asked], answers, runtime, batch_tokens)
-    for (i, _), logprobs in zip(asked, found, strict=True):
-        totals[i] += logprobs
-    orders = [np.argsort(-total, kind="stable") for total in totals]
-    return [[candidates[j] for j in order] for candidates, order in zip(best, orders, strict=True)]
-
-
 def as_output(candidates: list[Candidate], dropped: dict[str, int]) -> dict[str, Any]:
     """What the log keeps of the votes on one output."""
     kept = [{"grid": c.grid.tolist(), "votes": c.votes, "logprob": c.logprob} for c in candidates[:KEPT]]
@@ -382,7 +368,7 @@ class Settings:
                            "the run was trained with, or arc_data/arcagi)")
     split: str = option("", "which tasks (default: evaluation)", "training", "evaluation")
     views: int = option(8, "views in which each output is answered (default: 8)")
-    rescore: bool = option(False, "order the candidates by their log-probability in all views, not by votes")
+    rescore: bool = option(True, "order candidates by their log-probability in eight views (default), or by votes")
     block_size: int = option(0, "longest prompt, in tokens; demonstrations beyond it are left out (default: the run's)")
     batch_tokens: int = option(0, "tokens answered at a time; bounds the memory (default: 524288 on CUDA, else 32768)")
     ttt_steps: int = option(0, "first go on training on the demonstrations of the tasks for so many steps (default: 0)")
@@ -450,9 +436,9 @@ def make_settings(args: Settings, model: GPT, step: int, questions: list[Questio
     weights = digest(name.encode() + v.numpy().tobytes() for name, v in model.state_dict().items())
     grids = [(q.name, g) for q in questions for g in (*q.inputs, *(g for pair in q.demonstrations for g in pair))]
     asked = digest(f"{name} {g.shape} ".encode() + g.tobytes() for name, g in grids)
-    found = {"step": step, "weights": weights, "questions": asked, "dtype": str(runtime.dtype)[6:], "views": args.views,
-             "seed": args.seed, "block_size": args.block_size, "ttt_steps": args.ttt_steps, "ttt_lr": args.ttt_lr}
-    return found | ({"rescore": True} if args.rescore else {})
+    return {"step": step, "weights": weights, "questions": asked, "dtype": str(runtime.dtype)[6:], "views": args.views,
+            "rescore": args.rescore, "seed": args.seed, "block_size": args.block_size, "ttt_steps": args.ttt_steps,
+            "ttt_lr": args.ttt_lr}
 
 
 def prepare_model(model: GPT, questions: list[Question], run: Run, runtime: Runtime, args: Settings,

@@ -1,4 +1,4 @@
-"""An ARC task in many views: symmetries, colours and orders of the demonstrations, whose answers vote."""
+"""An ARC task in many views: symmetries, colours and orders of the demonstrations. All answer; eight judge."""
 from __future__ import annotations
 
 import itertools
@@ -12,13 +12,14 @@ import numpy as np
 import train
 from arc_data.tasks import Grid, Pair, Task, apply_symmetry, as_json, random_colours
 from data.files import write_json
-from extras.decode import answer_prompts
+from extras.decode import answer_logprobs, answer_prompts
 from extras.memory import within_memory
 from train import END, GPT, Data, Runtime, TrainConfig, encode_grid, make_prompt, score_answers
 
 ROUNDS = 0, 2, 6  # first view of each round; a later one is given what has most votes by then as a draft
 LONGEST = 30 * 31 + 1  # tokens of the largest answer
 VIEWS = 8  # of each output in the last evaluation of a run
+JUDGES = 8  # views, the first, that judge what all have answered: more cost more and found no more
 
 
 # == VIEWS ============================================================================================================
@@ -165,9 +166,24 @@ def answer_in_views(model: GPT, shown: list[Shown], runtime: Runtime, batch_toke
             shown[i].answers.append((shown[i].views[k].undo(grid) if fits else None, logprob))
 
 
+def rescored(model: GPT, shown: list[Shown], runtime: Runtime, batch_tokens: int) -> list[list[Candidate]]:
+    """The candidates of each output by the sum, over its first views, of their log-probabilities: a product of experts,
+    in which a candidate that one view thinks impossible loses (Franzen et al. 2025, arXiv:2505.07859)."""
+    best = [s.candidates() for s in shown]
+    asked = [(i, k) for i, s in enumerate(shown) for k in range(len(s.views))[:JUDGES] if len(best[i]) > 1]
+    answers = [[np.append(encode_grid(shown[i].views[k].show(c.grid)), END) for c in best[i]] for i, k in asked]
+    totals = [np.zeros(len(candidates)) for candidates in best]
+    found = answer_logprobs(model, [shown[i].prompts[k] for i, k in asked], answers, runtime, batch_tokens)
+    for (i, _), logprobs in zip(asked, found, strict=True):
+        totals[i] += logprobs
+    orders = [np.argsort(-total, kind="stable") for total in totals]
+    return [[candidates[j] for j in order] for candidates, order in zip(best, orders, strict=True)]
+
+
 def answer_questions(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder: Path,
                      last: bool) -> dict[str, float]:
-    """Scores of the answers to the held-out questions: greedy ones, and at the end of a run two attempts by votes.
+    """Scores of the answers to the held-out questions: of greedy ones, and at the end of a run of the best one and the
+    best two of those in 8 views.
 
     `predictions.json` then has the attempt that is right, or else the first.
     """
@@ -175,13 +191,13 @@ def answer_questions(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime,
         return train.answer_questions.plain(model, data, cfg, runtime, folder, last)
     questions = [Question(name, pairs[:-1], [pairs[-1][0]]) for name, pairs in data.questions]
 
-    def answered(batch_tokens: int) -> list[Shown]:
+    def answered(batch_tokens: int) -> list[list[Candidate]]:
         shown = [Shown(q, 0, VIEWS, 0, model.config.block_size, data.task_tokens) for q in questions]
         answer_in_views(model, shown, runtime, batch_tokens)
-        return shown
+        return rescored(model, shown, runtime, batch_tokens)
 
-    shown, _ = within_memory(answered, 1 << 19 if runtime.device.type == "cuda" else 1 << 15, runtime.say)
-    attempts = [two_attempts([c.grid for c in s.candidates()], s.query) for s in shown]
+    best, _ = within_memory(answered, 1 << 19 if runtime.device.type == "cuda" else 1 << 15, runtime.say)
+    attempts = [two_attempts([c.grid for c in b], q.inputs[0]) for b, q in zip(best, questions, strict=True)]
     right = [[np.array_equal(grid, truth) for grid in two] for two, truth in zip(attempts, data.answers, strict=True)]
     names, entries = [task.name for task in data.questions], []
     for i, (task, two, hits) in enumerate(zip(data.questions, attempts, right, strict=True)):

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from helpers import PATTERNS, one_thread, runtime, tiny_model  # noqa: F401
+from helpers import PATTERNS, one_thread, random_tasks, runtime, tiny_model  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,45 +14,34 @@ import train
 from extras import decode, memory
 
 
-def make_prompts(count: int, seed: int = 0, same_shapes: bool = False) -> list[np.ndarray]:
-    """Prompts of different lengths, with task tokens or without."""
-    rng, prompts = np.random.default_rng(seed), []
-    for _ in range(count):
-        pairs = []
-        for _ in range(rng.integers(2, 5)):
-            shapes = [rng.integers(1, 6, 2), rng.integers(1, 6, 2)]
-            pairs.append([rng.integers(0, 10, shapes[i * (not same_shapes)]).astype(np.uint8) for i in range(2)])
-        prompts.append(train.make_prompt(train.Task("t", pairs), 512, {"t": int(rng.integers(16, 20))}))
-    return prompts
-
-
-def plain(model, prompts, most, stop=train.END):
-    """What train.generate says to each prompt, one by one: tokens (B, most), `stop` behind an end, and log-probs."""
-    new, total = torch.full((len(prompts), most), stop), torch.zeros(len(prompts))
-    for i, prompt in enumerate(prompts):
-        one, length = torch.from_numpy(prompt)[None], torch.tensor([len(prompt)])
-        said, logp = train.generate.plain(model, one, length, most, stop)
-        new[i, : said.shape[1]], total[i] = said[0], logp[0]
-    return new, total
+def make_prompts(count: int, seed: int = 0) -> list[np.ndarray]:
+    """Prompts of different lengths, with different task tokens."""
+    tasks = random_tasks(count, seed, pairs=(2, 4), largest=5)
+    asked = [train.Task(t.name, [*t.pairs[:-1], (t.pairs[-1][0], None)]) for t in tasks]
+    return [train.make_prompt(task, 512, {task.name: 16 + i % 4}) for i, task in enumerate(asked)]
 
 
 @pytest.mark.parametrize("packed", (False, True))
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_drafts_change_no_answer(pattern, packed):
-    model, prompts = tiny_model(pattern, True, document_token=16 if packed else -1), make_prompts(6)
-    tokens, logp = plain(model, prompts, 16)
-    right = [row[row != train.END].numpy() for row in tokens]
-    guesses, wrong = list(map(decode.guess_answer, prompts)), [np.arange(40) % 11] * 6  # the last ones are too long
-    for drafts, batch_tokens in ((guesses, 1 << 15), (wrong, 500), (right, 1), ([row[:0] for row in right], 400)):
-        new, total, passes = decode.draft_answers(model, prompts, drafts, 16, train.END, batch_tokens)
-        assert torch.equal(new, tokens)
+@settings(max_examples=5)
+@given(st.integers(0, 10**6), st.integers(1, 25), st.sampled_from((train.END, -1)), st.integers(1, 3000),
+       st.lists(st.lists(st.integers(0, 15), max_size=30), min_size=1, max_size=5))
+def test_no_drafts_change_an_answer(pattern, packed, seed, most, stop, batch_tokens, drafts):
+    """Any drafts, first guesses and right ones, for answers that end, and with `stop` -1 for such that never do."""
+    model, prompts = tiny_model(pattern, True, document_token=16 if packed else -1), make_prompts(len(drafts), seed)
+    tokens, logp = train.generate.plain(model, *decode.padded(prompts, "cpu"), most, stop)
+    drafts = [np.array([t for t in draft if t != train.END], dtype=np.int64) for draft in drafts]
+    right = [row[row != stop].numpy() for row in tokens]
+    for given_ones in (drafts, right, list(map(decode.guess_answer, prompts))):
+        new, total, passes = decode.draft_answers(model, prompts, given_ones, most, stop, batch_tokens)
+        assert torch.equal(new[:, : tokens.shape[1]], tokens) and (new[:, tokens.shape[1] :] == stop).all()
         torch.testing.assert_close(total, logp, atol=1e-4, rtol=0)
-        assert drafts is not right or passes.eq(1).all()
+        assert passes.max() <= (1 if given_ones is right else most)
 
 
-def test_answers_that_nobody_waits_for_end():
+def test_answers_that_nobody_waits_for_end(monkeypatch):
     """As threads that go on after a signal would otherwise, to the end of the last answer."""
-    told, begun = [], threading.Event()
+    told, begun, pool = [], threading.Event(), ThreadPoolExecutor(2)
 
     def work(i):
         if i == 0:
@@ -61,39 +50,13 @@ def test_answers_that_nobody_waits_for_end():
         begun.set()
         told.append(memory.given_up.wait(300))
 
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setattr(memory, "pool", lambda: pool)
-        with pytest.raises(ValueError):
-            list(memory.on_threads(work, [0, 1]))
+    monkeypatch.setattr(memory, "pool", lambda: pool)
+    with pytest.raises(ValueError):
+        list(memory.on_threads(work, [0, 1]))
     assert told == [True] and not memory.given_up.is_set()
-    memory.given_up.set()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            decode.draft_answers(tiny_model("MA", True), make_prompts(1), [np.array([1])], 16, train.END)
-    finally:
-        memory.given_up.clear()
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_answers_that_never_end(pattern):
-    model, prompts = tiny_model(pattern, True), make_prompts(3, seed=1)
-    tokens, logp = plain(model, prompts, 25, stop=-1)
-    new, total, _ = decode.draft_answers(model, prompts, [np.array([1, 2, 3])] * 3, 25, -1)
-    assert torch.equal(new, tokens)
-    torch.testing.assert_close(total, logp, atol=1e-4, rtol=0)
-    assert (tokens >= 0).all()
-
-
-@settings(max_examples=10, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(PATTERNS), st.integers(1, 12), st.integers(1, 3000),
-       st.lists(st.lists(st.integers(0, 15), max_size=30), min_size=1, max_size=3))
-def test_any_drafts(seed, pattern, most, batch_tokens, drafts):
-    model, prompts = tiny_model(pattern, True), make_prompts(len(drafts), seed)
-    drafts = [np.array([t for t in draft if t != train.END], dtype=np.int64) for draft in drafts]
-    tokens, logp = plain(model, prompts, most)
-    new, total, passes = decode.draft_answers(model, prompts, drafts, most, train.END, batch_tokens)
-    assert torch.equal(new, tokens) and passes.max() <= most
-    torch.testing.assert_close(total, logp, atol=1e-4, rtol=0)
+    monkeypatch.setattr(memory.given_up, "is_set", lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        decode.draft_answers(tiny_model("MA", True), make_prompts(1), [np.array([1])], 16, train.END)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -104,38 +67,26 @@ def test_one_token_at_a_time(pattern, kind):
         tokens, lengths = decode.padded(make_prompts(4), "cpu")
     else:
         tokens, lengths = torch.randint(0, 61, (4, 30)), torch.tensor([30, 12, 1, 29])
-    for stop in (train.END, -1):  # where nothing stops them, new documents begin among 20 tokens
-        new, total = decode.generate(model, tokens, lengths, 20, stop)
-        said, logp = train.generate.plain(model, tokens, lengths, 20, stop)
-        assert torch.equal(new, said)
+    for stop, choose in ((train.END, None), (-1, lambda logp: logp.topk(2)[1][:, 1])):
+        new, total = decode.generate(model, tokens, lengths, 20, stop, choose)
+        said, logp = train.generate.plain(model, tokens, lengths, 20, stop, choose)
+        assert torch.equal(new, said) and (stop >= 0 or model.config.document_token < 0 or (said >= 50).any())
         torch.testing.assert_close(total, logp, atol=1e-4, rtol=1e-6)
 
 
-def test_stream_says_what_is_chosen():
-    model, lengths = tiny_model("MAMA"), torch.tensor([4, 9])
-    tokens, script = torch.randint(0, 61, (2, 9)), iter([[5, 7], [6, 13], [8], [13]])
-    steps = list(decode.stream(model, tokens, lengths, 9, 13, lambda logp: torch.tensor(next(script))))
-    assert [rows.tolist() for rows, *_ in steps] == [[0, 1], [0, 1], [0], [0]]
-    assert [said.tolist() for _, said, _ in steps] == [[5, 7], [6, 13], [8], [13]]
-    whole = torch.cat([tokens[0, :4], torch.tensor([5, 6, 8, 13])])[None]
-    logp = model(whole)[0].log_softmax(-1)[0, 3:7].gather(1, whole[0, 4:, None])[:, 0]
-    torch.testing.assert_close(torch.stack([logp[0] for *_, logp in steps]), logp, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("same_shapes", (False, True))
-def test_answer_prompts_is_a_twin(same_shapes, monkeypatch):
+def test_answer_prompts_is_a_twin(monkeypatch):
     monkeypatch.setattr(decode, "cores", lambda: 2)
-    model, prompts = tiny_model("MAMA", True), make_prompts(5, same_shapes=same_shapes)
+    model, prompts, passes = tiny_model("MAMA", True), make_prompts(8), []
     with torch.no_grad():  # rather a grid now and then
         model.head.weight[10:14] *= 2
     wanted = train.answer_prompts.plain(model, prompts, runtime(), 20, 1)
-    passes = []
-    for drafts in (None, [np.array([3]), None, None, None, np.array([1, 10])]):
+    assert {grid is None for grid, _ in wanted} == {True, False}
+    for drafts in (None, [np.array([3]), None, None, None, np.array([1, 10]), *[None] * 3]):
         found = decode.answer_prompts(model, prompts, runtime(), 20, 600, drafts, passes)
         for (one, a), (other, b) in zip(found, wanted, strict=True):
             assert (one is None) == (other is None) and (one is None or np.array_equal(one, other))
             assert one is None or a == pytest.approx(b, abs=1e-4)
-    assert len(passes) == 10 and decode.answer_prompts(model, [], runtime(), 20, 600) == []
+    assert len(passes) == 16 and decode.answer_prompts(model, [], runtime(), 20, 600) == []
 
 
 def test_answers_are_scored_as_whole_sequences_are():

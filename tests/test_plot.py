@@ -1,37 +1,40 @@
 """tools/plot.py: pictures from run folders made up here, and one clear line for those it cannot draw."""
 
+import functools
 import itertools
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import complaint, python
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from PIL import Image
 
 from data.files import UserError
 from tools import plot
 
-ROOT = Path(plot.__file__).resolve().parent.parent
-PNG = b"\x89PNG\r\n\x1a\n"
+GRIDS = arrays(np.int64, st.tuples(st.integers(1, 5), st.integers(1, 5)), elements=st.integers(0, 9))
 
 
-def write_metrics(run: Path, steps: int = 120, rates: bool = True) -> None:
-    """A run like those train.py leaves: one line per step, some with an evaluation."""
+def write_metrics(run: Path, lines) -> Path:
+    """A log of these lines; what is no text is written as JSON."""
     run.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for step in range(1, steps + 1):
-        line = {"step": step, "loss": 2.5 * math.exp(-step / 40), "lr": 0.01, "grad_norm": 1, "tokens_per_second": 9e3}
-        if step % 20 == 0:
-            line |= {"val_loss": 2.6 * math.exp(-step / 50), "minutes": step / 60}
-            line |= {"solve_rate": 0.1, "cell_accuracy": 0.8, "shape_accuracy": 0.8} if rates else {"sample": "text"}
-        lines.append(json.dumps(line) + "\n")
-    (run / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    (run / "metrics.jsonl").write_text(text, encoding="utf-8")
+    return run / "metrics.jsonl"
+
+
+def steps(count: int, every: int = 20) -> list[dict]:
+    """Lines like those train.py writes: one per step, some with an evaluation."""
+    common = {"loss": 2.5, "lr": 0.01, "grad_norm": 1, "tokens_per_second": 9e3}
+    tested = {"val_loss": 2.6, "minutes": 3.5, "solve_rate": 0.1, "cell_accuracy": 0.8, "shape_accuracy": 0.8}
+    return [{"step": n} | common | (tested if n % every == 0 else {}) for n in range(1, count + 1)]
 
 
 def entry(truth: list, prediction: list | None, task: str = "a", demonstrations: int = 2) -> dict:
@@ -45,58 +48,22 @@ def write_predictions(run: Path, entries: object) -> None:
     (run / "predictions.json").write_text(json.dumps(entries), encoding="utf-8")
 
 
-def size(picture: Path) -> tuple[int, int]:
-    """Width and height in the header of a PNG."""
-    data = picture.read_bytes()
-    assert data.startswith(PNG) and data.endswith(b"IEND\xaeB`\x82")
-    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-
-
-# == THE CURVES =======================================================================================================
-
-
-def test_a_run_gives_both_pictures_and_no_other_file(tmp_path, capsys):
-    write_metrics(tmp_path)
-    write_predictions(tmp_path, [entry([[1, 2]], [[1, 2]]), entry([[1, 2]], [[1, 3]]), entry([[1]], None)])
-    assert plot.main([str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines() == [f"wrote {tmp_path / n}.png" for n in ("curves", "predictions")]
-    assert sorted(os.listdir(tmp_path)) == ["curves.png", "metrics.jsonl", "predictions.json", "predictions.png"]
-    assert min(size(tmp_path / "curves.png") + size(tmp_path / "predictions.png")) > 300
-
-
-def test_without_rates_there_is_one_panel(tmp_path):
-    write_metrics(tmp_path / "arc")
-    write_metrics(tmp_path / "text", rates=False)
-    wide, narrow = (size(plot.plot_curves(tmp_path / name))[0] for name in ("arc", "text"))
-    assert wide > narrow
-
-
-def test_what_is_not_a_finite_number_is_left_out(tmp_path):
+def test_numbers_that_are_finite_count_and_the_later_of_two_lines(tmp_path):
+    """A resumed run does steps again."""
     lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": math.inf, "lr": None},
-             {"step": 4}, {"note": "no step"}, {"step": 5, "loss": 1.0}, {"step": 10**400, "loss": 1},
-             {"step": 6, "loss": 10**400}, {"step": 7, "loss": 1e300}, {"step": 8, "loss": "2"}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    steps, values = plot.series(plot.read_metrics(tmp_path / "metrics.jsonl"), "loss")
-    assert steps.tolist() == [1, 5] and values.tolist() == [2, 1]
+             {"step": 4}, {"note": "no step"}, {"step": 5, "loss": 9}, {"step": 10**400, "loss": 1},
+             {"step": 6, "loss": 10**400}, {"step": 7, "loss": 1e300}, {"step": 8, "loss": "2"}, {"step": 4, "loss": 3},
+             {"step": 5, "loss": 1.0}]  # fmt: skip
+    found = plot.series(plot.read_metrics(write_metrics(tmp_path, lines)), "loss")
+    assert [values.tolist() for values in found] == [[1, 4, 5], [2, 3, 1]]
     assert plot.plot_curves(tmp_path)
-
-
-def test_after_a_resume_the_later_line_of_a_step_counts():
-    steps, values = plot.series([{"step": s, "loss": v} for s, v in ((1, 5), (2, 4), (3, 3), (2, 40), (3, 30))], "loss")
-    assert steps.tolist() == [1, 2, 3] and values.tolist() == [5, 40, 30]
 
 
 def test_smoothing_keeps_length_level_and_middle():
     assert plot.smooth(np.full(500, 3.0)) == pytest.approx(3.0)
-    line = np.arange(500.0)
+    line, noise = np.arange(500.0), np.random.default_rng(0).normal(size=500)
     assert plot.smooth(line)[50:-50] == pytest.approx(line[50:-50])  # centred: no lag
-    noise = np.random.default_rng(0).normal(size=500)
     assert plot.smooth(noise).std() < 0.4 * noise.std() and len(plot.smooth(noise)) == 500
-
-
-# == THE CONTACT SHEET ================================================================================================
-
-GRIDS = arrays(np.int64, st.tuples(st.integers(1, 5), st.integers(1, 5)), elements=st.integers(0, 9))
 
 
 @given(GRIDS, GRIDS)
@@ -113,144 +80,96 @@ def test_share_and_wrong_cells(prediction, truth):
 def test_solved_ones_come_first_then_by_share(tmp_path):
     truth = [[1, 2, 3, 4]]
     answers = {"none": None, "half": [[1, 2, 0, 0]], "most": [[1, 2, 3, 0]], "all": truth}
-    write_predictions(tmp_path, [entry(truth, answer, name) for name, answer in answers.items()])
+    entries = [entry(truth, answer, name) for name, answer in answers.items()]
+    write_predictions(tmp_path, [*entries[:-1], entries[-1] | {"attempt": 2}])
     ordered = sorted(plot.read_predictions(tmp_path / "predictions.json"), key=plot.rank)
-    assert [item["name"] for item in ordered] == ["all", "most", "half", "none"]
+    assert [item["name"] for item in ordered] == ["all, second attempt", "most", "half", "none"]
     assert [plot.judge(item)[1] for item in ordered] == [plot.RIGHT] + [plot.WRONG] * 3
     assert plot.judge(ordered[1])[0].endswith("75 % of cells right")
-
-
-def test_almost_right_is_never_called_100_percent():
-    truth = np.zeros((30, 30), dtype=int)
-    close = truth.copy()
+    truth, close = np.zeros((2, 30, 30), dtype=int)
     close[0, 0] = 1
-    assert "99 %" in plot.judge({"prediction": close, "truth": truth})[0]
+    assert "99 %" in plot.judge({"prediction": close, "truth": truth})[0]  # not rounded to 100 %
     assert "wrong shape" in plot.judge({"prediction": close[1:], "truth": truth})[0]
 
 
-def test_at_most_eight_rows(tmp_path):
-    heights = []
-    for count in (1, 8, 9):
-        write_predictions(tmp_path, [entry([[1, 2]], [[1, 2]], str(i)) for i in range(count)])
-        heights.append(size(plot.plot_predictions(tmp_path))[1])
-    assert heights[0] < heights[1] == heights[2]
-
-
-def test_any_number_of_demonstrations_and_any_shape(tmp_path):
-    grids = [(np.arange(30 * c).reshape(30, c) % 10).tolist() for c in (1, 30)] + [[[5]]]
-    pairs = zip(itertools.product(grids, grids), itertools.cycle([0, 1, 2, 5]), strict=False)
-    write_predictions(tmp_path, [entry(t, p, demonstrations=n) for (t, p), n in pairs])
-    assert size(plot.plot_predictions(tmp_path))
-
-
-def test_the_colours_are_those_of_arc(tmp_path):
+def test_at_most_eight_rows_in_the_colours_of_arc(tmp_path):
     """Every cell of a drawn grid has, in its middle, the official colour."""
-    from matplotlib.image import imread
-
     official = "000000 0074D9 FF4136 2ECC40 FFDC00 AAAAAA F012BE FF851B 7FDBFF 870C25".split()
     grid = [list(range(10)), [9 - c for c in range(10)]]
-    write_predictions(tmp_path, [entry(grid, grid)])
-    pixels = (imread(plot.plot_predictions(tmp_path))[..., :3] * 255).round().astype(int).reshape(-1, 3)
-    seen = {f"{r:02X}{g:02X}{b:02X}" for r, g, b in np.unique(pixels, axis=0)}
-    assert set(official) <= seen
+    pictures = []
+    for count in (1, 8, 9):
+        write_predictions(tmp_path, [entry(grid, grid, str(i)) for i in range(count)])
+        pictures.append(np.asarray(Image.open(plot.plot_predictions(tmp_path))))
+    colours = np.unique(pictures[0][..., :3].reshape(-1, 3), axis=0)
+    assert set(official) <= {f"{r:02X}{g:02X}{b:02X}" for r, g, b in colours}
+    one, eight, nine = map(len, pictures)
+    assert one < eight == nine
 
 
-def test_any_name_is_drawn(tmp_path, recwarn):
+def test_any_shape_any_number_of_demonstrations_and_any_name(tmp_path, recwarn):
+    grids = [(np.arange(30 * c).reshape(30, c) % 10).tolist() for c in (1, 30)] + [[[5]]]
     names = [r"$\frac{$", "x" * 10**6, "a\nb\x00", "\ud800", "東京 \u2028"]
-    write_metrics(tmp_path / names[0], 20)
-    write_predictions(tmp_path / names[0], [entry([[1]], [[1]], task=name) for name in names])
-    assert size(plot.plot_run(tmp_path / names[0])[1])[0] < 2000 and not recwarn.list
+    rows = zip(itertools.product(grids, grids), itertools.cycle(names), (0, 1, 2, 5) * 2, strict=False)
+    write_metrics(run := tmp_path / names[0], steps(20))
+    write_predictions(run, [entry(truth, prediction, *row) for (truth, prediction), *row in rows])
+    assert Image.open(plot.plot_run(run)[1]).width < 2000 and not recwarn.list
 
 
-# == WHAT CANNOT BE DRAWN =============================================================================================
-
-
-@pytest.mark.parametrize("tail", [b'{"step": 31, "lo\xc3', b"7", b"[" * 99999])
-def test_a_torn_last_line_is_left_out(tail, tmp_path):
-    write_metrics(tmp_path, 30)
-    with open(tmp_path / "metrics.jsonl", "ab") as file:
-        file.write(tail)
-    assert len(plot.read_metrics(tmp_path / "metrics.jsonl")) == 30
-
-
-def refused(run: Path, capsys: pytest.CaptureFixture) -> str:
-    """The one line that plot.py says about a folder it cannot draw."""
-    assert plot.main([str(run)]) == 2
-    output = capsys.readouterr()
-    assert output.out == "" and output.err.count("\n") == 1 and str(run) in output.err
-    assert not list(run.glob(".*"))
-    return output.err
+def test_a_torn_last_line_is_left_out(tmp_path):
+    whole = write_metrics(tmp_path, steps(30)).read_bytes()
+    for tail in (b'{"step": 31, "lo\xc3', b"7", b"[" * 99999):
+        (tmp_path / "metrics.jsonl").write_bytes(whole + tail)
+        assert len(plot.read_metrics(tmp_path / "metrics.jsonl")) == 30
 
 
 def test_folders_without_a_run_are_refused(tmp_path, capsys):
-    assert "not a folder" in refused(tmp_path / "missing", capsys)
-    assert "no metrics.jsonl" in refused(tmp_path, capsys)
-    for nothing in ("", '{"step": 1, "lr": 0.1}\n', '{"step": 1, "lo'):
-        (tmp_path / "metrics.jsonl").write_text(nothing)
-        assert "nothing to draw yet" in refused(tmp_path, capsys)
+    refused = functools.partial(complaint, plot, capsys)
+    assert f"{tmp_path / 'missing'} is not a folder" in refused(tmp_path / "missing")
+    assert f"{tmp_path} holds no metrics.jsonl" in refused(tmp_path)
+    for nothing in ([], [{"step": 1, "lr": 0.1}], ['{"step": 1, "lo']):
+        assert f"{write_metrics(tmp_path, nothing)} holds nothing to draw yet" in refused(tmp_path)
+    for broken in ("{", "7", "\x00\x00"):
+        path = write_metrics(tmp_path, [{"step": 1, "loss": 2}, broken, {"step": 2, "loss": 1}])
+        assert f"{path} line 2 is broken" in refused(tmp_path)
     write_predictions(tmp_path, [])
-    assert plot.plot_predictions(tmp_path) is None and not (tmp_path / "predictions.png").exists()
+    assert plot.plot_predictions(tmp_path) is None
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "predictions.json"]
 
 
-@pytest.mark.parametrize("broken", ["{", "7", "\x00\x00"])
-def test_a_broken_line_in_the_middle_is_named(broken, tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 2}}\n{broken}\n{{"step": 2, "loss": 1}}\n')
-    assert "line 2 is broken" in refused(tmp_path, capsys)
+def test_bad_predictions_are_refused(tmp_path):
+    wrong = [{"truth": None}, {"prediction": [[1, 2], [3]]}, {"prediction": [[0.5]]}, {"prediction": 5}, {"truth": []},
+             {"test": math.inf}]  # fmt: skip
+    for bad in ({"a": 1}, [3], *([entry([[1]], [[1]]) | change] for change in wrong)):
+        write_predictions(tmp_path, bad)
+        with pytest.raises(UserError, match="predictions.json"):
+            plot.plot_predictions(tmp_path)
 
-
-@pytest.mark.parametrize("bad", [
-    {"a": 1}, [3], [entry([[1]], None) | {"truth": None}], [entry([[1]], [[1, 2], [3]])], [entry([[1]], [[0.5]])],
-    [entry([[1]], 5)], [entry([], [[1]])], [entry([[1]], [[1]]) | {"test": math.inf}],
-])  # fmt: skip
-def test_bad_predictions_are_refused(bad, tmp_path):
-    write_predictions(tmp_path, bad)
-    with pytest.raises(UserError, match="predictions.json"):
-        plot.plot_predictions(tmp_path)
-
-
-def test_a_failed_write_keeps_the_old_picture(tmp_path, monkeypatch):
-    write_metrics(tmp_path)
-    before = plot.plot_curves(tmp_path).read_bytes()
-
-    def full(self, file, **_):
-        file.write(PNG)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(plot.Figure, "savefig", full)
-    assert plot.main([str(tmp_path)]) == 2
-    assert (tmp_path / "curves.png").read_bytes() == before
-    assert sorted(os.listdir(tmp_path)) == ["curves.png", "metrics.jsonl"]
-
-
-# == IN A PROCESS OF ITS OWN ==========================================================================================
 
 ALONE = """
-import sys, matplotlib
+import runpy, sys
+script = sys.argv.pop(1)
+runpy.run_path(script)
+import matplotlib
 matplotlib.rcParams.update({"font.size": 31, "text.usetex": True, "axes.titlesize": 40})
 before = matplotlib.rcParams.copy()
-from tools import plot
-plot.plot_run(sys.argv[1])
-assert matplotlib.rcParams.copy() == before
-print([name for name in ("torch", "train", "matplotlib.pyplot") if name in sys.modules])
+try:
+    runpy.run_path(script, run_name="__main__")
+finally:
+    assert matplotlib.rcParams.copy() == before
+    assert not {"torch", "train", "matplotlib.pyplot"} & sys.modules.keys()
 """
 
 
-def process(*argv, **env) -> tuple[int, str, str]:
-    """Exit code, output and errors of a Python without a display."""
-    env = {name: value for name, value in os.environ.items() if name != "DISPLAY"} | env
-    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=env, cwd=ROOT)
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_it_stands_alone_and_leaves_settings_alone(tmp_path):
-    """No torch, no pyplot, no display, no change of the caller's matplotlib settings, whatever those are."""
-    write_metrics(tmp_path)
-    assert process("-c", ALONE, tmp_path) == (0, "[]\n", "")
-
-
-def test_any_backend_any_path_and_any_console(tmp_path):
+def test_a_process_with_any_settings_path_and_console(tmp_path, monkeypatch):
+    """It needs no torch, no pyplot and no display, writes two pictures and nothing else, and changes no settings."""
     name = b"caf\xe9 \xff" if sys.platform == "linux" else b"run"
-    write_metrics(folder := Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)), 1)
-    options = dict(MPLBACKEND="nonsense", PYTHONIOENCODING="ascii")
-    code, out, err = process("-W", "error", ROOT / "tools" / "plot.py", folder, **options)
-    assert code == 0 and out.startswith("wrote ") and err == ""
+    write_metrics(run := tmp_path / os.fsdecode(name), steps(120, every=200))
+    write_predictions(run, [entry([[1, 2]], [[1, 2]]), entry([[1, 2]], [[1, 3]]), entry([[1]], None)])
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.setenv("MPLBACKEND", "nonsense")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    process = python("-W", "error", "-c", ALONE, plot.__file__, run, cwd=tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and err == "" and out.count("wrote ") == 2
+    assert sorted(os.listdir(run)) == ["curves.png", "metrics.jsonl", "predictions.json", "predictions.png"]
+    assert all(min(np.asarray(Image.open(path)).shape[:2]) > 300 for path in run.glob("*.png"))

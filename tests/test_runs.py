@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import gc
+import io
 import itertools
 import json
 import os
@@ -24,6 +25,7 @@ from data.files import UserError
 from extras import runs
 
 OLD = ROOT / "tests" / "old_run"
+unusual = [HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]  # each example writes its own file
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 
 
@@ -31,41 +33,6 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POS
 def folder(tmp_path):
     """A copy of a run that an earlier version made."""
     return Path(shutil.copytree(OLD, tmp_path / "run"))
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder that all examples of one test share."""
-    return Path(shutil.copytree(OLD, tmp_path_factory.mktemp("damaged") / "run"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs of earlier versions, whole and damaged
-
-
-def prepared(folder):
-    """What a resume of the old run has before it restores the checkpoint; its tasks are taken as given."""
-    model_cfg, cfg = runs.load_config(folder)
-    model, loader = train.GPT(model_cfg), train.Loader(cfg.batch_size)
-    loader.fingerprint = "f0663b87975dacbb"
-    return model, train.Optimizers(model, cfg), loader, train.Runtime(CPU, torch.float32)
-
-
-def test_weights_of_other_sizes_are_called_that(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(replaced(config, ("model", "d_ff"), 32)))
-    state = runs.load_checkpoint(folder / "checkpoint.pt")
-    for read in (lambda: runs.restore(state, folder, *prepared(folder)),
-                 lambda: runs.load_model(folder, runs.load_config(folder)[0])):  # fmt: skip
-        with pytest.raises(UserError, match="checkpoint.pt: .*weights of other names or shapes"):
-            read()
-
-
-def test_the_average_of_an_earlier_version_answers(folder):
-    state = runs.load_checkpoint(folder / "checkpoint.pt")
-    state["ema"] = {f"module.{name}": 0 * v for name, v in state["model"].items()} | {"n_averaged": torch.tensor(3)}
-    torch.save(state, folder / "checkpoint.pt")
-    assert not any(p.any() for p in runs.load_model(folder, runs.load_config(folder)[0])[0].parameters())
 
 
 @st.composite
@@ -79,17 +46,9 @@ def damage(draw, name):
     return bytes(data)
 
 
-@settings(max_examples=120)
-@given(damage("checkpoint.pt"))
-@example(b"")
-@example(b"hello")
-@example(pickle.dumps({"step": 1}, protocol=2))
-def test_damaged_checkpoints_are_refused(place, data):
-    (place / "checkpoint.pt").write_bytes(data)
-    with contextlib.suppress(UserError):
-        assert isinstance(runs.load_checkpoint(place / "checkpoint.pt"), dict)
-
-
+STATE = torch.load(OLD / "checkpoint.pt", weights_only=True)
+CONFIG = json.loads((OLD / "config.json").read_text())
+TENSORS = [torch.zeros(0), torch.zeros(3, 5), torch.full((2,), float("nan")), torch.ones(2, dtype=torch.bool)]
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 JSON = LEAVES | st.sampled_from([10**400, 2**40]) | st.lists(LEAVES, max_size=3) | st.dictionaries(st.text(), LEAVES)
 
@@ -109,76 +68,87 @@ def replaced(value, where, new):
     return copy
 
 
-CONFIG = json.loads((OLD / "config.json").read_text())
-ODD = st.builds(lambda where, value: replaced(CONFIG, where, value), st.sampled_from(nodes(CONFIG)), JSON)
+def odd_config(where, value):
+    return json.dumps(replaced(CONFIG, where, value)).encode()
 
 
-def odd(part, **values):
-    """The settings of the old run with other values in this part."""
-    return json.dumps(CONFIG | {part: CONFIG[part] | values}).encode()
+def odd_state(where, value):
+    torch.save(replaced(STATE, where, value), file := io.BytesIO())
+    return file.getvalue()
 
 
-@settings(max_examples=250)
-@given(damage("config.json") | ODD.map(lambda config: json.dumps(config).encode()))
-@example(b"")
+@settings(max_examples=250, suppress_health_check=unusual)
+@given(damage("config.json") | st.builds(odd_config, st.sampled_from(nodes(CONFIG)), JSON))
 @example(b"[" * 100_000)
 @example(b'{"model": 1, "train": 2}')
 @example(b'{"model": {"d_modle": 3}, "train": {}}')
 @example(b'{"model": {"d_ff": ' + b"9" * 5000 + b'}, "train": {}}')
-@example(odd("model", d_model=10**400))
-@example(odd("model", chunk_size=0))
-@example(odd("model", ngroups=3))
-@example(odd("train", max_lr=float("nan")))
-@example(odd("train", device="x" * 10**5))
-def test_damaged_settings_are_refused(place, data):
-    (place / "config.json").write_bytes(data)
+@example(odd_config(("model", "d_model"), 10**400))
+@example(odd_config(("model", "chunk_size"), 0))
+@example(odd_config(("model", "ngroups"), 3))
+@example(odd_config(("train", "max_lr"), float("nan")))
+@example(odd_config(("train", "device"), "x" * 10**5))
+def test_damaged_settings_are_refused(folder, data):
+    (folder / "config.json").write_bytes(data)
     with contextlib.suppress(UserError):
-        model_cfg, cfg = runs.load_config(place)
+        model_cfg, cfg = runs.load_config(folder)
         assert isinstance(model_cfg, train.ModelConfig) and isinstance(cfg, train.TrainConfig)
 
 
-STATE = torch.load(OLD / "checkpoint.pt", weights_only=True)
-TENSORS = [torch.zeros(0), torch.zeros(3, 5), torch.full((2,), float("nan")), torch.ones(2, dtype=torch.bool)]
+def restored(folder):
+    """The old run as a resume has it, its tasks taken as given, and what `restore` returns."""
+    state, (model_cfg, cfg) = runs.load_checkpoint(folder / "checkpoint.pt"), runs.load_config(folder)
+    model, loader = train.GPT(model_cfg), train.Loader(cfg.batch_size)
+    optimizers, loader.fingerprint = train.Optimizers(model, cfg), "f0663b87975dacbb"
+    found = runs.restore(state, folder, model, optimizers, loader, train.Runtime(CPU, torch.float32))
+    return model, optimizers, found
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.data_too_large])
-@given(st.sampled_from(nodes(STATE)), JSON | st.sampled_from(TENSORS))
-@example(("loader",), [])
-@example(("loader", "epoch"), -1)
-@example(("minutes",), float("nan"))
-@example(("rng", "torch"), torch.zeros(3, dtype=torch.uint8))
-@example(("optimizer", 0, "state", 0, "exp_avg"), {})
-@example(("optimizer", 0, "state", 0), {"step": torch.zeros(())})
-@example(("optimizer",), [1, 2])
-@example(("optimizer",), [{}])
-@example(("loader",), STATE["loader"] | {"files": [3]})
-def test_checkpoints_with_odd_values_are_refused(place, where, value):
-    shutil.copy(OLD / "config.json", place)
-    torch.save(replaced(STATE, where, value), place / "checkpoint.pt")
+@settings(max_examples=180, suppress_health_check=unusual)
+@given(damage("checkpoint.pt") | st.builds(odd_state, st.sampled_from(nodes(STATE)), JSON | st.sampled_from(TENSORS)))
+@example(b"")
+@example(pickle.dumps({"step": 1}, protocol=2))
+@example(odd_state(("loader",), []))
+@example(odd_state(("loader", "epoch"), -1))
+@example(odd_state(("minutes",), float("nan")))
+@example(odd_state(("rng", "torch"), torch.zeros(3, dtype=torch.uint8)))
+@example(odd_state(("optimizer", 0, "state", 0, "exp_avg"), {}))
+@example(odd_state(("optimizer", 0, "state", 0), {"step": torch.zeros(())}))
+@example(odd_state(("optimizer",), [1, 2]))
+@example(odd_state(("optimizer",), [{}]))
+@example(odd_state(("loader",), STATE["loader"] | {"files": [3]}))
+def test_damaged_checkpoints_are_refused_or_can_be_gone_on_with(folder, data):
+    (folder / "checkpoint.pt").write_bytes(data)
     with contextlib.suppress(UserError):
-        state = runs.load_checkpoint(place / "checkpoint.pt")
-        model, optimizers, *more = prepared(place)
-        step, minutes, skipped = runs.restore(state, place, model, optimizers, *more)
+        model, optimizers, counts = restored(folder)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
-        optimizers.step(0.0)  # what was restored can be gone on with
-        assert step >= 0 and minutes >= 0 and skipped >= 0
+        optimizers.step(0.0)
+        assert all(n >= 0 for n in counts)
 
 
-class Harmful:
-    """A pickle that would run code when it is loaded."""
+def test_weights_of_other_sizes_are_called_that(folder):
+    (folder / "config.json").write_bytes(odd_config(("model", "d_ff"), 32))
+    for read in (restored, lambda folder: runs.load_model(folder, runs.load_config(folder)[0])):
+        with pytest.raises(UserError, match="checkpoint.pt: .*weights of other names or shapes"):
+            read(folder)
 
-    def __init__(self, path):
-        self.path = path
 
-    def __reduce__(self):
-        return Path.touch, (self.path,)
+def test_the_average_of_an_earlier_version_answers(folder):
+    average = {f"module.{name}": 0 * v for name, v in STATE["model"].items()} | {"n_averaged": torch.tensor(3)}
+    torch.save(STATE | {"ema": average}, folder / "checkpoint.pt")
+    assert not any(p.any() for p in runs.load_model(folder, runs.load_config(folder)[0])[0].parameters())
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_checkpoint_is_never_run(zipped, folder):
     path, harm = folder / "checkpoint.pt", folder / "harm"
-    torch.save(STATE | {"step": Harmful(harm)}, path, _use_new_zipfile_serialization=zipped)
+
+    class Harmful:
+        def __reduce__(self):
+            return Path.touch, (harm,)
+
+    torch.save(STATE | {"step": Harmful()}, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match="checkpoint.pt"):
         runs.load_checkpoint(path)
     assert not harm.exists()
@@ -187,37 +157,29 @@ def test_code_in_a_checkpoint_is_never_run(zipped, folder):
 
 
 @posix
-@pytest.mark.parametrize("name", ["checkpoint.pt", "config.json"])
-def test_something_else_in_the_place_of_a_file(name, folder):
-    (path := folder / name).unlink()
-    for make in (lambda: None, path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to("x")):
-        make()
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("x", path)])
+def test_something_else_in_the_place_of_a_file(make, folder):
+    for name, read in (("checkpoint.pt", runs.load_checkpoint), ("config.json", lambda _: runs.load_config(folder))):
+        (path := folder / name).unlink()
+        make(path)
         with pytest.raises((UserError, OSError), match=str(path)):
-            runs.load_config(folder) if name == "config.json" else runs.load_checkpoint(path)
-        if path.is_dir():
-            path.rmdir()
-        path.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Saving
+            read(path)
 
 
 @posix
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
-def test_a_full_disk_leaves_the_checkpoint_before(share, folder):
+def test_a_full_disk_leaves_the_checkpoint_before(folder):
     import resource
 
     path, before = folder / "checkpoint.pt", (folder / "checkpoint.pt").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(before)), limits[1]))
-    try:
-        words = rf"{path}: cannot be written \(File too large\); it needs .* MB where"
-        with pytest.raises(UserError, match=words):
-            runs.save_checkpoint(path, STATE)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == before and not list(folder.glob(".*"))
+    for share in (0.0, 0.3, 0.99):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(before)), limits[1]))
+        try:
+            with pytest.raises(UserError, match=f"{path}: cannot be written .File too large.; it needs .* MB where"):
+                runs.save_checkpoint(path, STATE)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_bytes() == before and not list(folder.glob(".*"))
     runs.save_checkpoint(path, STATE)
     assert not differences(torch.load(path, weights_only=True), STATE)
 
@@ -238,67 +200,38 @@ def test_what_was_written_wrongly_is_not_taken(folder, monkeypatch):
     assert path.read_bytes() == before
 
 
-def test_weights_that_are_not_finite_are_not_saved(folder):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(value, folder):
     before = (folder / "checkpoint.pt").read_bytes()
-    for value in (float("nan"), float("inf")):
-        bad = STATE["model"] | {"norm.weight": torch.full_like(STATE["model"]["norm.weight"], value)}
-        with pytest.raises(UserError, match="--max-lr"):
-            runs.save_checkpoint(folder / "checkpoint.pt", STATE | {"model": bad})
+    with pytest.raises(UserError, match="--max-lr"):
+        runs.save_checkpoint(folder / "checkpoint.pt", replaced(STATE, ("model", "norm.weight"), torch.tensor(value)))
     assert (folder / "checkpoint.pt").read_bytes() == before
-
-
-def test_a_folder_has_one_writer_at_a_time(folder):
-    first = runs.hold(folder)
-    with pytest.raises(UserError, match="another process is writing there"):
-        runs.hold(folder)
-    first.close()
-    second = runs.hold(folder)
-    del second
-    gc.collect()
-    runs.hold(folder).close()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Signals
 
 
 @posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
-def test_a_signal_is_noted_ends_an_evaluation_and_handlers_are_put_back(number, capsys):
+def test_a_signal_is_noted_and_handlers_are_put_back(number):
     before = signal.getsignal(number)
     with runs.watch_signals() as stop:
         assert not stop.up
         signal.raise_signal(number)
         assert stop.up
-        if number == signal.SIGINT:  # the second one stops at once
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(number)
-        else:
-            signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else contextlib.nullcontext():
+            signal.raise_signal(number)  # a second Ctrl-C stops at once
     with runs.watch_signals() as stop:
         with stop.at_once():
             signal.raise_signal(number)
             pytest.fail("went on")
-        assert stop.up and "the evaluation was left out" in capsys.readouterr().out
     with runs.watch_signals() as stop, pytest.raises(KeyboardInterrupt), stop.at_once():
         raise KeyboardInterrupt  # nobody's signal
-    assert signal.getsignal(number) == before
-
-
-@posix
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["nohup", "a script's &"])
-def test_what_is_ignored_stays_ignored(number):
-    before = signal.signal(number, signal.SIG_IGN)
+    assert signal.signal(number, signal.SIG_IGN) == before
     try:
         with runs.watch_signals() as stop:
             signal.raise_signal(number)
-            assert not stop.up
+            assert not stop.up, "what nohup or a script's & ignores stays ignored"
     finally:
         signal.signal(number, before)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The log
 
 NO_WANDB = {"train": {"wandb": False}}
 
@@ -325,43 +258,42 @@ def test_a_full_disk_is_named_with_the_log(tmp_path):
         log(step=1, loss=1.0)
 
 
-def test_without_wandb_one_line_and_no_noise(tmp_path, monkeypatch, capsys):
+def test_wandb_goes_on_with_its_run_after_a_resume_and_is_asked_for_in_a_line(tmp_path, monkeypatch, capsys):
+    asked, logged, wanted = [], [], {"train": {"wandb": True}}
+    run = SimpleNamespace(define_metric=lambda *a, **k: None, log=logged.append, finish=lambda: logged.append("end"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **more: asked.append(more["id"]) or run))
+    for step in (1, 2):
+        log = runs.open_log(tmp_path, step, wanted)
+        log(step=step, loss=1.0)
+        del log
+    assert asked[0] == asked[1] and logged[:2] == [{"step": 1, "loss": 1.0}, "end"]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="--wandb: .* pip install wandb"):
-        runs.open_log(tmp_path, 0, {"train": {"wandb": True}})
+        runs.open_log(tmp_path, 0, wanted)
     gc.collect()
     assert capsys.readouterr().err == ""
 
 
-def test_a_resume_goes_on_with_its_wandb_run(tmp_path, monkeypatch):
-    asked, logged = [], []
-    run = SimpleNamespace(define_metric=lambda *a, **k: None, log=logged.append, finish=lambda: logged.append("end"))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **more: asked.append(more["id"]) or run))
-    for step in (1, 2):
-        log = runs.open_log(tmp_path, step, {"train": {"wandb": True}})
-        log(step=step, loss=1.0)
-        del log
-    assert asked[0] == asked[1] and logged[:2] == [{"step": 1, "loss": 1.0}, "end"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The environment of several processes
-
 WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
-@pytest.mark.parametrize("given, wrong", [
-    ({}, False), ({"RANK": "1"}, False), ({"WORLD_SIZE": ""}, False), ({"WORLD_SIZE": "0"}, False),
-    ({"WORLD_SIZE": "1", "RANK": "5"}, False), (WHOLE, False),
-    ({"WORLD_SIZE": "2", "RANK": "0"}, True), ({"WORLD_SIZE": "two"}, True), ({"WORLD_SIZE": "-1"}, True),
-    *((WHOLE | {name: ""}, True) for name in WHOLE if name != "WORLD_SIZE"),
-    *((WHOLE | {name: value}, True) for name, value in (
+@pytest.mark.parametrize("given, world", [
+    ({}, 1), ({"RANK": "one", "LOCAL_RANK": "x", "WORLD_SIZE": ""}, 1), ({"RANK": "1", "WORLD_SIZE": "0"}, 1),
+    ({"WORLD_SIZE": "1", "RANK": "5"}, 1), (WHOLE, 2),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, None), ({"WORLD_SIZE": "two"}, None), ({"WORLD_SIZE": "-1"}, None),
+    *((WHOLE | {name: ""}, None) for name in WHOLE if name != "WORLD_SIZE"),
+    *((WHOLE | {name: value}, None) for name, value in (
         ("RANK", "2"), ("LOCAL_RANK", "2"), ("LOCAL_RANK", "-1"), ("MASTER_PORT", "ssh"), ("MASTER_PORT", "99999"),
         ("MASTER_ADDR", "no-such-host.invalid")))])  # fmt: skip
-def test_variables_of_several_processes(given, wrong, monkeypatch):
+def test_variables_of_several_processes(given, world, monkeypatch):
+    """What a cluster leaves there is one process; what torchrun sets is several; anything else is refused."""
     for name in WHOLE:
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    assert bool(found := runs.process_problems()) == wrong
+    found = runs.config_problems(train.ModelConfig(), train.TrainConfig(preset="base"))
+    assert bool(found) == (world is None)
     assert not found or "torchrun" in found[0] and "unset WORLD_SIZE" in found[0]
+    if world == 1:
+        runtime = train.Runtime.start(train.TrainConfig(device="cpu"))
+        assert (runtime.rank, runtime.world) == (0, 1)

@@ -1,15 +1,10 @@
-"""Code that nobody here wrote, as a reference for ours.
+"""Code that nobody here wrote, as a reference for ours, and how far ours is from it.
 
-`kernels(request)` runs upstream's own Triton kernels (mamba-ssm, the package of the Mamba-2 paper) on the CPU, under
-Triton's interpreter. They live in a subprocess: Triton reads TRITON_INTERPRET once, when it is first imported, and
-patching torch.cuda must not reach other tests. The same file is that subprocess:
-
-    python tests/upstream.py REQUEST.pt RESPONSE.pt
-
-The package is a pure-Python wheel, built on first use into the user's cache (about ten seconds) and never installed.
-Where it cannot be had, tests skip with the reason, or fail with it if CI=true or REQUIRE_KERNELS=1.
-
-`granite()` is transformers' GraniteMoeHybrid, always on its PyTorch code, whatever kernels are installed.
+Upstream's own Triton kernels (mamba-ssm, the package of the Mamba-2 paper) run on the CPU, under Triton's interpreter,
+in a process that tests/test_triton.py starts: Triton reads TRITON_INTERPRET when it is first imported, and patching
+torch.cuda must not reach other tests. The package is pure Python, built on first use into the user's cache (about ten
+seconds) and never installed. Where it cannot be had, tests skip with the reason, or fail with it if CI=true or
+REQUIRE_KERNELS=1.
 """
 
 import contextlib
@@ -20,9 +15,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import traceback
 import types
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,69 +24,38 @@ import torch
 
 VERSION = "2.3.2.post1"
 NEEDS = ("triton", "einops", "packaging", "huggingface_hub")  # to import the kernels and the Mamba2 module
-NEEDS_TO_BUILD = ("pip", "setuptools", "wheel", "packaging", "ninja")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class Unavailable(Exception):
-    """Upstream's kernels cannot run here; the message says why."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# In the test process
-
-
-def kernels(request: dict) -> dict:
-    """Upstream's answers to {"scans": [...], "layers": [...]}; where its kernels cannot run, the test skips or fails.
-
-    A scan is {"tensors": {x, dt, A, B, C, ...}, "options": {chunk_size, ...}, "gradients": {"y", maybe "final_states"}}
-    and is answered with {"outputs": {...}, "gradients": {by input}}. A layer is {"options", "state_dict", "u",
-    "gradient"} and is answered with {"initial": its own state dict, "y", "gradients": {by parameter, and "u"}}.
-    What raised is answered with {"error": traceback}.
-    """
-    try:
-        return run(request)
-    except Unavailable as error:
-        reason = str(error)
+def unavailable(reason: str) -> None:
+    """Skip, or fail where the kernels must run."""
     if os.environ.get("CI", "").lower() == "true" or os.environ.get("REQUIRE_KERNELS") == "1":
-        pytest.fail(f"upstream's kernels must run here, but cannot: {reason}", pytrace=False)
-    pytest.skip(f"upstream's kernels cannot run: {reason}")
+        pytest.fail(f"Triton's kernels must run here, but cannot: {reason}", pytrace=False)
+    pytest.skip(f"Triton's kernels cannot run: {reason}")
 
 
-def run(request: dict, timeout: float = 900) -> dict:
+def settings() -> dict[str, str]:
+    """The environment of a process in which Triton and upstream's kernels are interpreted."""
     if not sys.platform.startswith("linux"):
-        raise Unavailable(f"Triton has no wheels for {sys.platform}")
-    missing(NEEDS)
-    package = package_folder()
-    settings = {
+        unavailable(f"Triton has no wheels for {sys.platform}")
+    if absent := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
+        unavailable(f"{', '.join(absent)} not installed (pip install -r requirements-dev.txt)")
+    try:
+        package = package_folder()
+    except (OSError, subprocess.SubprocessError) as error:
+        unavailable(f"mamba-ssm {VERSION} does not build: {error}\n{getattr(error, 'stderr', None) or ''}")
+    return {
         "TRITON_INTERPRET": "1",
         "MAMBA_DETERMINISTIC": "1",  # one autotune configuration, no atomics
         "TRITON_F32_DEFAULT": "ieee",
         "CUDA_VISIBLE_DEVICES": "",
         "UPSTREAM_PACKAGE": str(package),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder, "request.pt"), Path(folder, "response.pt")
-        torch.save(request, asked)
-        done = call([sys.executable, __file__, str(asked), str(answered)], settings, timeout)
-        if not answered.exists():
-            raise RuntimeError(f"{__file__} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-        response = torch.load(answered, weights_only=True)
-    if "unavailable" in response:
-        raise Unavailable(response["unavailable"])
-    return response
 
 
-def call(command: list[str], settings: dict, timeout: float) -> subprocess.CompletedProcess:
-    environment = os.environ | settings
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout
-    )
-
-
-def missing(names) -> None:
-    absent = [name for name in names if importlib.util.find_spec(name) is None]
-    if absent:
-        raise Unavailable(f"{', '.join(absent)} not installed (pip install -r requirements-dev.txt)")
+def call(*command: object, timeout: float, **settings: str) -> subprocess.CompletedProcess:
+    return subprocess.run(list(map(str, command)), env=os.environ | settings, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, timeout=timeout)  # fmt: skip
 
 
 def package_folder() -> Path:
@@ -104,15 +67,12 @@ def package_folder() -> Path:
     folder = cache / VERSION
     if (folder / "mamba_ssm").is_dir():
         return folder
-    missing(NEEDS_TO_BUILD)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix="building-", dir=cache))
-    except OSError as error:
-        raise Unavailable(f"no place to build mamba-ssm: {error}") from error
-    try:
-        with zipfile.ZipFile(build_wheel(work)) as wheel:
-            wheel.extractall(work / "package")
+    cache.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="building-", dir=cache))
+    try:  # without CUDA extensions, and out of pip's cache, where a later, real install would find it
+        call(sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-binary=mamba-ssm",
+             "--no-cache-dir", "--target", work / "package", f"mamba-ssm=={VERSION}", timeout=600,
+             MAMBA_SKIP_CUDA_BUILD="TRUE", MAMBA_FORCE_BUILD="TRUE").check_returncode()  # fmt: skip
         with contextlib.suppress(OSError):  # another process was faster: its folder is as good
             (work / "package").rename(folder)
     finally:
@@ -120,23 +80,47 @@ def package_folder() -> Path:
     return folder
 
 
-def build_wheel(work: Path) -> Path:
-    """mamba-ssm without CUDA extensions; kept out of pip's cache, where a later, real install would find it."""
-    flags = ["--no-deps", "--no-build-isolation", "--no-binary=mamba-ssm", "--no-cache-dir"]
-    command = [sys.executable, "-m", "pip", "wheel", *flags, "--wheel-dir", str(work), f"mamba-ssm=={VERSION}"]
+@pytest.fixture(scope="module", autouse=INTERPRETED)
+def interpreter():
+    """For a file that imports this: in the process with these settings, upstream's submodules can be imported."""
+    if fault := interpreter_fault():
+        unavailable(fault)
+    if "mamba_ssm" in sys.modules:
+        return
+    sys.path.insert(0, os.environ["UPSTREAM_PACKAGE"])
+    sys.modules["causal_conv1d"] = None  # an installed one would want a GPU
+    package = types.ModuleType("mamba_ssm")  # without its __init__, which asks for a compiled extension
+    package.__path__ = list(importlib.util.find_spec("mamba_ssm").submodule_search_locations)
+    sys.modules["mamba_ssm"] = package
+    torch.cuda.device = lambda index: contextlib.nullcontext()
+    torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(multi_processor_count=1)
+
+
+def interpreter_fault() -> str:
+    """Why Triton's interpreter cannot even add up a row here (3.6 with numpy 2.4, for one), or nothing."""
+    import numpy
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def add_up(source, target, count, n: tl.constexpr):
+        total = tl.zeros((n,), dtype=tl.float32)
+        for begin in range(0, count, n):
+            index = begin + tl.arange(0, n)
+            total += tl.load(source + index, mask=index < count, other=0.0)
+        tl.store(target + tl.program_id(0), tl.sum(total))
+
+    target, error = torch.zeros(2), "wrong sums"
     try:
-        done = call(command, {"MAMBA_SKIP_CUDA_BUILD": "TRUE", "MAMBA_FORCE_BUILD": "TRUE"}, timeout=600)
-    except subprocess.TimeoutExpired as error:
-        raise Unavailable("building mamba-ssm took longer than ten minutes") from error
-    wheels = list(work.glob("mamba_ssm-*.whl"))
-    if done.returncode or not wheels:
-        raise Unavailable(f"mamba-ssm {VERSION} does not build:\n{(done.stdout + done.stderr)[-2000:]}")
-    return wheels[0]
+        add_up[(2,)](torch.ones(20), target, 20, n=8)
+    except Exception as raised:
+        error = repr(raised)
+    good = target.tolist() == [20.0, 20.0]
+    return "" if good else f"the interpreter of Triton {triton.__version__} with numpy {numpy.__version__}: {error}"
 
 
 def granite() -> types.ModuleType:
     """transformers' modeling_granitemoehybrid on its PyTorch code, even where mamba-ssm is installed."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # a look-up without a network retries for 23 seconds
     reason = "needs transformers (pip install -r requirements-dev.txt, Python >= 3.11)"
     modeling = pytest.importorskip("transformers.models.granitemoehybrid.modeling_granitemoehybrid", reason=reason)
     for name, function in vars(modeling).copy().items():
@@ -166,94 +150,24 @@ def relative_error(ours: torch.Tensor, reference: torch.Tensor, least: float = 1
     return ((ours - reference).norm() / reference.norm().clamp(min=least)).item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In the subprocess
+def results(function: Callable, tensors: dict, hears=("y",), **options) -> tuple[dict, dict]:
+    """Outputs, "y" and perhaps "final_states", and the gradients of all inputs, by name.
+
+    The loss hears of some of the outputs, with random weights that are always the same.
+    """
+    tensors = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
+    found = function(**tensors, **options)
+    outputs = dict(zip(("y", "final_states"), found if isinstance(found, tuple) else (found,), strict=False))
+    heard, inputs = [outputs[name] for name in hears], {name: t for name, t in tensors.items() if t.requires_grad}
+    weights = [torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(v) for v in heard]
+    gradients = torch.autograd.grad(heard, list(inputs.values()), weights, materialize_grads=True)
+    return {name: v.detach() for name, v in outputs.items()}, dict(zip(inputs, gradients, strict=True))
 
 
-def import_kernels() -> None:
-    """Make upstream's submodules importable without its __init__, which asks for a compiled extension."""
-    sys.path.insert(0, os.environ["UPSTREAM_PACKAGE"])
-    sys.modules["causal_conv1d"] = None  # an installed one would want a GPU
-    package = types.ModuleType("mamba_ssm")
-    package.__path__ = list(importlib.util.find_spec("mamba_ssm").submodule_search_locations)
-    sys.modules["mamba_ssm"] = package
-    torch.cuda.device = lambda index: contextlib.nullcontext()
-    torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(multi_processor_count=1)
-
-
-def interpreter_fault() -> str | None:
-    """Why Triton's interpreter cannot even add up a row here (3.6 with numpy 2.4, for one), or None."""
-    import numpy
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def add_up(source, target, count, n: tl.constexpr):
-        total = tl.zeros((n,), dtype=tl.float32)
-        for begin in range(0, count, n):
-            index = begin + tl.arange(0, n)
-            total += tl.load(source + index, mask=index < count, other=0.0)
-        tl.store(target + tl.program_id(0), tl.sum(total))
-
-    name = f"the interpreter of Triton {triton.__version__} with numpy {numpy.__version__}"
-    target = torch.zeros(2)
-    try:
-        add_up[(2,)](torch.ones(20), target, 20, n=8)
-    except Exception as error:
-        return f"{name} fails: {error!r}"
-    return None if target.tolist() == [20.0, 20.0] else f"{name} gives wrong sums"
-
-
-def answer_scan(scan: dict) -> dict:
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-    tensors = {
-        name: tensor.requires_grad_() if tensor.is_floating_point() else tensor.int()
-        for name, tensor in scan["tensors"].items()
-    }
-    result = mamba_chunk_scan_combined(**tensors, **scan["options"])
-    outputs = dict(zip(("y", "final_states"), result if isinstance(result, tuple) else (result,), strict=False))
-    names = list(scan["gradients"])
-    torch.autograd.backward([outputs[name] for name in names], [scan["gradients"][name] for name in names])
-    return {
-        "outputs": {name: output.detach() for name, output in outputs.items()},
-        "gradients": {name: tensor.grad for name, tensor in tensors.items() if tensor.is_floating_point()},
-    }
-
-
-def answer_layer(layer: dict) -> dict:
-    from mamba_ssm.modules.mamba2 import Mamba2
-
-    theirs = Mamba2(**layer["options"], use_mem_eff_path=False)  # the fused path needs compiled causal-conv1d
-    initial = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
-    theirs.load_state_dict(layer["state_dict"], strict=True)
-    u = layer["u"].requires_grad_()
-    y = theirs(u)
-    y.backward(layer["gradient"])
-    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    return {"initial": initial, "y": y.detach(), "gradients": gradients | {"u": u.grad}}
-
-
-def attempt(function, *arguments):
-    try:
-        return function(*arguments)
-    except Exception:
-        return {"error": traceback.format_exc()}
-
-
-def main(asked: str, answered: str) -> None:
-    import_kernels()
-    request = torch.load(asked, weights_only=True)
-    if fault := interpreter_fault():
-        response = {"unavailable": fault}
-    else:
-        response = {
-            "scans": [attempt(answer_scan, scan) for scan in request.get("scans", [])],
-            "layers": [attempt(answer_layer, layer) for layer in request.get("layers", [])],
-        }
-    torch.save(response, answered + ".part")
-    os.replace(answered + ".part", answered)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def assert_close(found: tuple, expected: tuple, forward: float, backward: float, share: float = 0.0) -> None:
+    """Relative errors of the `results`, each relative to at least a share of the largest."""
+    for ours, reference, bound in zip(found, expected, (forward, backward), strict=True):
+        assert ours.keys() == reference.keys()
+        least = max(1e-6, share * max(v.double().norm().item() for v in reference.values()))
+        errors = {name: relative_error(ours[name], reference[name], least) for name in ours}
+        assert all(error <= bound for error in errors.values()), f"relative errors {errors}, allowed {bound}"

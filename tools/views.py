@@ -23,7 +23,7 @@ import train
 from arc_data.tasks import Grid
 from data.files import UserError, run_script
 from data.flags import Parser
-from extras.views import Question, Shown, answer_in_views, two_attempts
+from extras.views import Candidate, Question, Shown, answer_in_views, rescored, two_attempts
 from tools.plot import BOX, QUIET, RIGHT, STYLE, WRONG, corners, draw_grid, printable, save
 
 SIDE = 0.7 * BOX  # inches that the largest grid takes
@@ -58,14 +58,14 @@ def draw_cell(sheet: Axes, grid: Grid | None, x: float, y: float, size: float, t
         sheet.add_patch(Rectangle(*frame, facecolor="none", edgecolor=colour, linewidth=2))
 
 
-def draw_views(path: Path, question: Question, shown: Shown, truth: Grid | None) -> Path:
+def draw_views(path: Path, question: Question, shown: Shown, best: list[Candidate], truth: Grid | None) -> Path:
     """The task, then a column for each view: what it shows, the answer to that, and the answer turned back."""
     answers = [grid for grid, _ in shown.answers]
     known = [grid for grid in answers if grid is not None]
     pairs = [grid for pair in question.demonstrations[:3] for grid in pair]
     others = [shown.query, *known, *([] if truth is None else [truth])]
     scales = [SIDE / max(max(grid.shape) for grid in grids) for grids in ([*pairs, shown.query], others)]
-    first, second = two_attempts([c.grid.tolist() for c in shown.candidates()], shown.query)
+    first, second = two_attempts([c.grid.tolist() for c in best], shown.query)
 
     def votes(grid: Grid) -> int:
         return sum(np.array_equal(grid, other) for other in known)
@@ -122,8 +122,9 @@ def main(argv: list[str] | None = None) -> int:
         model.to(runtime.device).eval().use(runtime.ops)
         shown = Shown(question, args.test - 1, args.views, 0, run.model_cfg.block_size, run.task_tokens)
         answer_in_views(model, [shown], runtime, 1 << 15)
+        (best,) = rescored(model, [shown], runtime, 1 << 15)
         path = args.run / f"views-{printable(question.name)}-{args.test}.png"
-        print(f"wrote {draw_views(path, question, shown, truths[args.test - 1])}")
+        print(f"wrote {draw_views(path, question, shown, best, truths[args.test - 1])}")
 
     return run_script("views.py", work)
 
