@@ -240,7 +240,7 @@ def adapted(model: GPT, path: Path, settings: dict[str, Any], train_it: Callable
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for damaged files
             raise UserError(f"{path}: not readable ({reason(error)}); delete it to train again") from None
-        if fits(state, {"settings": dict, "model": dict}) and state["settings"] == settings:
+        if fits(state, {"settings": {}, "model": {}}) and state["settings"] == settings:
             model.load_state_dict(state["model"])
             return
     train_it()

@@ -213,10 +213,10 @@ def test_resume_keeps_the_settings_the_effective_batch_and_the_data_of_the_run(f
     assert "--batch-size" in refused(*resume, "--batch-size", "0")
     assert "effective batch" in refused(*resume, "--batch-size", "2")
     assert run(*resume, "--batch-size", "2", "--grad-accum-steps", "2", "--d-model", "16") == 0  # as it was
-    file = min((tasks / "training").glob("*.json"))
-    task = json.loads(file.read_text())
-    task["train"][0]["output"][0][0] = (task["train"][0]["output"][0][0] + 1) % 10
-    file.write_text(json.dumps(task))
+    for file in (tasks / "training").iterdir():
+        task = json.loads(file.read_text())
+        task["train"][0]["output"][0][0] = (task["train"][0]["output"][0][0] + 1) % 10
+        file.write_text(json.dumps(task))
     assert "not those it was started with" in refused(*resume)
 
 

@@ -203,7 +203,7 @@ def test_what_was_written_wrongly_is_not_taken(folder, monkeypatch):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_not_saved(value, folder):
     before = (folder / "checkpoint.pt").read_bytes()
-    with pytest.raises(UserError, match="--max-lr"):
+    with pytest.raises(UserError, match="lower learning rate"):
         runs.save_checkpoint(folder / "checkpoint.pt", replaced(STATE, ("model", "norm.weight"), torch.tensor(value)))
     assert (folder / "checkpoint.pt").read_bytes() == before
 

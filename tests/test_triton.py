@@ -19,7 +19,7 @@ from train import PLAIN
 def test_in_the_interpreter():
     names = "test_mamba.py::TestUpstream", "test_kernels.py::TestFunctions", "test_triton.py::TestInterpreted"
     tests = [Path(__file__).with_name(name) for name in names]
-    done = upstream.call(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, timeout=900,
+    done = upstream.call(sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *tests, timeout=900,
                          OMP_NUM_THREADS="1", **upstream.settings())  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     if "skipped" in done.stdout:
