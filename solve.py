@@ -11,7 +11,7 @@
 
 A view shows a task under one of its 8 symmetries, a permutation of colours and an order of demonstrations. The answer
 to each view is mapped back and counts as a vote; what is no grid, or a copy of the input, does not count. The model
-then scores all candidates in eight views, and the best two are the attempts (extras/views.py). Stopped and started
+then scores all candidates in four views, and the best two are the attempts (extras/views.py). Stopped and started
 again, it goes on behind the last finished task.
 
     answers.jsonl      a line a finished task, behind a line with the settings
@@ -368,7 +368,7 @@ class Settings:
                            "the run was trained with, or arc_data/arcagi)")
     split: str = option("", "which tasks (default: evaluation)", "training", "evaluation")
     views: int = option(8, "views in which each output is answered (default: 8)")
-    rescore: bool = option(True, "order candidates by their log-probability in eight views (default), or by votes")
+    rescore: bool = option(True, "order candidates by their log-probability in four views (default), or by votes")
     block_size: int = option(0, "longest prompt, in tokens; demonstrations beyond it are left out (default: the run's)")
     batch_tokens: int = option(0, "tokens answered at a time; bounds the memory (default: 524288 on CUDA, else 32768)")
     ttt_steps: int = option(0, "first go on training on the demonstrations of the tasks for so many steps (default: 0)")

@@ -55,7 +55,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from arc_data.layout import END, HINTS, IN, OUT, ROW, GridLayout, true_first
+from arc_data.layout import END, HINTS, IN, OUT, ROW, GridLayout, Seen, true_first
 from arc_data.tasks import Grid, Pair, Task, apply_symmetry, as_json, base_task, load_arc, random_colours
 from data.files import UserError, digest, from_here, reason, run_script, write_json
 from data.flags import Parser, option
@@ -379,10 +379,10 @@ class GPT(Layer):
         starts = (tokens >= self.config.document_token).cumsum(1)
         return starts - starts[:, :1] if self.config.document_token >= 0 else None
 
-    def inputs(self, tokens: Tensor, documents: Tensor | None,
-               at: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def inputs(self, tokens: Tensor, documents: Tensor | None, at: Tensor | None = None,
+               seen: Seen | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Input of the first block (B, T, D) and the angles of the rotary positions; with `at` (B, W), at these
-        positions only: an answer in the making adds few at a time."""
+        positions only: an answer in the making adds few at a time, behind what was `seen` of its prompt."""
         at = torch.arange(tokens.shape[1], device=tokens.device)[None] if at is None else at
         positions, at = at[..., None], at.expand(len(tokens), -1)
         x = self.embed(tokens.gather(1, at))
@@ -392,7 +392,7 @@ class GPT(Layer):
             x = x + self.embed_col(col) + self.embed_row(row) + self.embed_role(output)
             hinted = output if self.config.recall else torch.ones_like(output)  # there is no hint on inputs
             some = true_first(hinted)  # (B, M): where in `at`; rows with fewer end with others, which are zeroed below
-            near = self.embed_near(layout.hints(tokens, at.gather(1, some), self.config.recall))  # (B, M, D)
+            near = self.embed_near(layout.hints(tokens, at.gather(1, some), self.config.recall, seen))  # (B, M, D)
             near = near.to(x.dtype) * hinted.gather(1, some)[..., None]
             x = x.scatter_add(1, some[..., None].expand_as(near), near)
             positions = torch.stack([col, row, grid], dim=-1)

@@ -13,6 +13,7 @@ to a change of colours, the mirrored cell is recalled: 5.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,18 @@ SIGHTS = [  # columns of `GridLayout.cells` that are looked for together
     [1, 4, 7, 21],  # along the column
 ]
 HINTS = 15 * (25 + 4 * len(SIGHTS) + 2)  # one-hot cells and recalled tokens, and two votes
+
+
+@dataclass
+class Seen:
+    """What `hints` has found at the outputs of prompts, for the answers to them, which are made a few tokens at a time.
+
+    The first call, over prompts of `end` (B,) tokens, fills in the rest. M is the number of their outputs' positions.
+    """
+
+    end: Tensor
+    places: Tensor | None = None  # (1 + 3 * len(SIGHTS), B, M): see `recalled`
+    tallies: Tensor | None = None  # (2, 4 * len(SIGHTS), B): how often each sight recalled anything, and was right
 
 
 def true_first(mask: Tensor) -> Tensor:
@@ -108,14 +121,17 @@ class GridLayout(NamedTuple):
         return torch.cat([look(around + turned + tiled, self.source, self.source_rows, self.source_stride),
                           look(written, self.start, r + 1, self.stride)])
 
-    def recalled(self, after: Tensor, cells: Tensor) -> Tensor:
+    def recalled(self, after: Tensor, cells: Tensor, seen: Seen | None) -> tuple[Tensor, Tensor]:
         """Which token came next where earlier outputs of this task looked like here, (4 * len(SIGHTS), B, T); 14: none.
+        And the `places` of these positions, behind those of `seen`: what came next, the keys by which it is found, and
+        which column held it.
 
         First the token that came after the last position with the same `cells` (25, B, T), for each of SIGHTS, columns
         of these; then after the last one with the same cells up to a change of colours, with the token's colour changed
         alike; then both for the last but one. `after` (B, T) are the tokens that come after each position. Attention
         can learn such a lookup (induction heads, Olsson et al. 2022, arXiv:2209.11895), but takes far more steps.
         """
+        before = 0 if seen is None or seen.places is None else seen.places.shape[2]
         index, bits = torch.arange(after.shape[1], device=after.device), 2 ** torch.arange(25, device=after.device)
         # A colour's set of columns, as bits, names it however it is called: {0, 3} means columns 0 and 3 look alike.
         holding = torch.zeros_like(cells[:11])
@@ -125,26 +141,31 @@ class GridLayout(NamedTuple):
         sets = after.new_tensor([sum(2**i for i in sight) for sight in SIGHTS])[:, None, None]
         sight, column = after.new_tensor([(s, i) for s, sight in enumerate(SIGHTS) for i in sight]).T
         weights = after.new_tensor([pow(5**27, i + 1, 2**62) for i in range(25)])  # of a hash of all that a sight sees
-        seen = torch.stack([cells[column], same[column] & (sets[sight] + 3 * 2**25)]) * weights[column, None, None]
-        keys = self.begin.repeat(2, len(SIGHTS), 1, 1).index_add_(1, sight, seen)  # another document has other keys
+        views = torch.stack([cells[column], same[column] & (sets[sight] + 3 * 2**25)]) * weights[column, None, None]
+        keys = self.begin.repeat(2, len(SIGHTS), 1, 1).index_add_(1, sight, views)  # another document has other keys
         keys = keys.flatten(0, 1) & (2**62 - 1)
-        keys, order = torch.where(self.output == 1, keys, -1 - index).sort(dim=2, stable=True)  # equal in outputs only
+        keys = torch.where(self.output == 1, keys, -1 - before - index)  # equal in outputs only
         holders = holding.gather(0, after.clamp(max=10)[None]) * (after < 11) & sets  # columns with what comes next
         holder = (holders & -holders).clamp(min=1).float().log2().round().long()  # the first of them: the lowest bit
         holder = torch.where(holders > 0, holder, -1)  # -1: none has it, as after the last row or for a new colour
+        places = torch.cat([after[None], keys, holder])
+        places = torch.cat([seen.places, places], dim=2) if before else places
+        after, keys, holder = places[:1], places[1 : -len(SIGHTS)], places[-len(SIGHTS) :]
+        equal, order = keys.sort(dim=2, stable=True)  # equal ones stand side by side, in the order of their positions
         found = []
-        for back in (1, 2):  # equal keys stand side by side now, in the order of their positions
-            place = torch.where(keys[..., back:] == keys[..., :-back], order[..., :-back], -1)
-            place = torch.full_like(keys, -1).scatter(2, order[..., back:], place)
+        for back in (1, 2):
+            place = torch.where(equal[..., back:] == equal[..., :-back], order[..., :-back], -1)
+            place = torch.full_like(keys, -1).scatter(2, order[..., back:], place)[..., before:]
             there = place.clamp(min=0)
-            said, other = after.expand_as(place).gather(2, there).chunk(2)
+            said, other = after.expand(len(place), -1, -1).gather(2, there).chunk(2)
             there = holder.gather(2, there[len(SIGHTS) :])
             other = torch.where(there < 0, other, cells.gather(0, there.clamp(min=0)))  # what that column holds here
             found.append(torch.where(place < 0, 14, torch.cat([said, other])))
-        return torch.cat(found)
+        return torch.cat(found), places
 
-    def votes(self, after: Tensor, said: Tensor) -> Tensor:
+    def votes(self, after: Tensor, said: Tensor, seen: Seen | None) -> tuple[Tensor, Tensor]:
         """All that is `recalled` (K, B, T) together: shares of the 14 tokens, (2 * 15, B, T), the 15th without meaning.
+        And the `tallies` up to the last position, with those of `seen`.
 
         What a sight says weighs as much as it was right so far in this task: by log-odds, then by their fourth power.
         """
@@ -154,28 +175,38 @@ class GridLayout(NamedTuple):
         opens = F.pad(self.begin.diff(dim=1) != 0, (1, 0), value=True)  # the first position of each document
         first = torch.where(opens, torch.arange(after.shape[1], device=after.device), 0).cummax(1).values
         total, good = (v - v.gather(2, first.expand_as(v)) for v in (total, good))  # of this document
+        if seen and seen.tallies is not None:
+            total, good = total + seen.tallies[0, ..., None], good + seen.tallies[1, ..., None]
         odds = ((good + 0.4) / (total - good + 0.4)).log().clamp(min=0) * counts
         score = [torch.zeros(15, *after.shape, device=after.device).scatter_add_(0, said, w) for w in (odds, odds**4)]
-        return torch.cat([v / v.sum(0).clamp(min=1e-6) for v in score])
+        shares = torch.cat([v / v.sum(0).clamp(min=1e-6) for v in score])
+        return shares, torch.stack([total[..., -1] + counts[..., -1], good[..., -1] + right[..., -1]])
 
-    def hints(self, tokens: Tensor, at: Tensor, recall: bool) -> Tensor:
+    def hints(self, tokens: Tensor, at: Tensor, recall: bool, seen: Seen | None = None) -> Tensor:
         """All of this at the positions `at` (B, W), one-hot, and the votes: (B, W, HINTS). Without `recall` the cells
         around the next one alone, (B, W, 99), as runs of earlier versions have it. `tokens` (B, T) are this layout's.
 
-        Nothing is looked up but in outputs, so that their positions alone are gone through.
+        Nothing is looked up but in outputs, so that their positions alone are gone through; given what has been `seen`
+        of prompts, only those behind these.
         """
-        outputs = true_first(self.output)
-        here = GridLayout(*(v.gather(1, outputs) for v in self))
+        asked = self.output
+        if seen:
+            index = torch.arange(tokens.shape[1], device=tokens.device)
+            asked = asked * ((index < seen.end[:, None]) == (seen.places is None))
+        outputs = true_first(asked)
+        here = GridLayout(*(v.gather(1, outputs) for v in self._replace(output=asked)))
         cells, after = here.cells(tokens), F.pad(tokens[:, 1:], (0, 1)).gather(1, outputs).clamp(max=14)
-        seen, votes, kinds, none = cells[:9], cells.new_zeros(0, *outputs.shape), 11, [10] * 9
+        looks, votes, kinds, none = cells[:9], cells.new_zeros(0, *outputs.shape), 11, [10] * 9
         if recall:
-            said = here.recalled(after, cells)
-            seen, votes, kinds = torch.cat([cells, said]), here.votes(after, said), 15
-            none = [10] * len(cells) + [14] * len(said)
-        place = (self.output.cumsum(1) - 1).clamp(min=0).gather(1, at)  # among the outputs' positions
-        seen, votes = (v.gather(2, place.expand(len(v), -1, -1)).movedim(0, 2) for v in (seen, votes))
+            said, places = here.recalled(after, cells, seen)
+            votes, tallies = here.votes(after, said, seen)
+            looks, kinds, none = torch.cat([cells, said]), 15, [10] * len(cells) + [14] * len(said)
+            if seen and seen.places is None:
+                seen.places, seen.tallies = places, tallies
+        place = (asked.cumsum(1) - 1).clamp(min=0).gather(1, at)  # among the outputs' positions
+        looks, votes = (v.gather(2, place.expand(len(v), -1, -1)).movedim(0, 2) for v in (looks, votes))
         inside = self.output.gather(1, at)[..., None] == 1
-        where = torch.where(inside, seen, seen.new_tensor(none)) + kinds * torch.arange(len(none), device=at.device)
+        where = torch.where(inside, looks, looks.new_tensor(none)) + kinds * torch.arange(len(none), device=at.device)
         found = torch.zeros(*at.shape, kinds * len(none) + votes.shape[2], device=at.device).scatter_(2, where, 1.0)
         found[..., kinds * len(none) :] = votes * inside
         return found

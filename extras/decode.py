@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arc_data.layout import Seen
 from data.files import UserError
 from data.shards import bytes_per_token, load_tokenizer, read_meta
 from extras.memory import cores, given_up, on_threads
@@ -130,6 +131,7 @@ class Carried:
         self.fed, self.first = torch.zeros(2, slots, dtype=torch.long, device=device)
         kinds = [MambaState if hasattr(b.mixer, "conv1d") else AttentionState for b in model.blocks]
         self.layers = [kind(b.mixer, slots, capacity + 1) for kind, b in zip(kinds, model.blocks, strict=True)]
+        self.seen: Seen | None = None  # what hints have found in the prompts
         self.films = [tuple(f and f._replace(table=f.table.new_zeros(slots, f.table.shape[1])) for f in films)
                       for films in model.films(self.tokens[:1, :1], None)]
 
@@ -145,9 +147,31 @@ class Carried:
                 if film:
                     film.table[slots] = other.table
         at = torch.arange(max(1, int(lengths.max()) - 1), device=tokens.device).expand(len(tokens), -1)
-        self.through(slots, at, reading=True)
+        seen = Seen(lengths - 1) if self.model.config.recall else None
+        self.through(slots, at, seen, reading=True)
+        if seen:
+            self.remember(slots, seen)
 
-    def through(self, slots: Tensor, at: Tensor, reading: bool = False) -> Tensor | None:
+    def remember(self, slots: Tensor, new: Seen) -> None:
+        """Keep what was seen of prompts, for the passes over the answers to them."""
+        if self.seen is None:
+            count = len(self.fed)
+            self.seen = Seen(new.end.new_zeros(count), new.places.new_empty(len(new.places), count, 0),
+                             new.tallies.new_empty(*new.tallies.shape[:2], count))
+        width = max(v.places.shape[2] for v in (self.seen, new))
+        kept, places = (F.pad(v.places, (0, width - v.places.shape[2]), value=-1) for v in (self.seen, new))
+        kept[:, slots], self.seen.places = places, kept
+        self.seen.end[slots], self.seen.tallies[..., slots] = new.end, new.tallies
+
+    def recall(self, slots: Tensor) -> Seen | None:
+        """What was seen of the prompts in slots (R,)."""
+        if self.seen is None:
+            return None
+        places = self.seen.places[:, slots]
+        most = int((places[1] >= 0).sum(1).max())
+        return Seen(self.seen.end[slots], places[..., :most], self.seen.tallies[..., slots])
+
+    def through(self, slots: Tensor, at: Tensor, seen: Seen | None, reading: bool = False) -> Tensor | None:
         """The tokens at positions `at` (R, W) through all blocks: (R, W, D) after the last norm.
 
         While reading, states go on to `fed` at once, and what the last block says is not wanted.
@@ -155,7 +179,7 @@ class Carried:
         if given_up.is_set():
             raise KeyboardInterrupt
         model = self.model
-        x, rope = model.inputs(self.tokens[slots, : int(at.max()) + 1], None, at)
+        x, rope = model.inputs(self.tokens[slots, : int(at.max()) + 1], None, at, seen)
         place = Place(slots, at, rope, self.first[slots], self.fed[slots] if reading else None)
         for block, layer, films in zip(model.blocks, self.layers, self.films, strict=True):
             films = [film and film._replace(tasks=slots[:, None]) for film in films]
@@ -172,7 +196,7 @@ class Carried:
         those that do not fit stand at the last position, a spare one."""
         at = self.fed[slots, None] + torch.arange(width, device=slots.device)
         at = at.clamp(max=self.tokens.shape[1] - 1)
-        return self.model.head(self.through(slots, at)).float().log_softmax(-1), at
+        return self.model.head(self.through(slots, at, self.recall(slots))).float().log_softmax(-1), at
 
     def advance(self, slots: Tensor, count: Tensor) -> None:
         """Go on to the first `count` (R,) of the tokens fed last, which were those of `slots`."""

@@ -1,4 +1,4 @@
-"""An ARC task in many views: symmetries, colours and orders of the demonstrations. All answer; eight judge."""
+"""An ARC task in many views: symmetries, colours and orders of the demonstrations. All answer; four judge."""
 from __future__ import annotations
 
 import itertools
@@ -19,7 +19,7 @@ from train import END, GPT, Data, Runtime, TrainConfig, encode_grid, make_prompt
 ROUNDS = 0, 2, 6  # first view of each round; a later one is given what has most votes by then as a draft
 LONGEST = 30 * 31 + 1  # tokens of the largest answer
 VIEWS = 8  # of each output in the last evaluation of a run
-JUDGES = 8  # views, the first, that judge what all have answered: more cost more and found no more
+JUDGES = 4  # views, the first, that judge what all have answered: more cost more and found hardly more
 
 
 # == VIEWS ============================================================================================================
