@@ -77,8 +77,10 @@ def test_one_token_at_a_time(pattern, kind):
 def test_answer_prompts_is_a_twin(monkeypatch):
     monkeypatch.setattr(decode, "cores", lambda: 2)
     model, prompts, passes = tiny_model("MAMA", True), make_prompts(8), []
-    with torch.no_grad():  # rather a grid now and then
-        model.head.weight[10:14] *= 2
+    with torch.no_grad():  # so that one of the answers is a grid
+        model.head.weight[[train.IN, train.OUT, 14, 15]] = 0
+        model.head.weight[:10] *= 0.5
+        model.head.weight[[train.ROW, train.END]] *= 3
     wanted = train.answer_prompts.plain(model, prompts, runtime(), 20, 1)
     assert {grid is None for grid, _ in wanted} == {True, False}
     for drafts in (None, [np.array([3]), None, None, None, np.array([1, 10]), *[None] * 3]):

@@ -60,7 +60,7 @@ def answer(grid, behind):
 @example(answer(make_grid(30, 30, 0), []))
 @example([1, ROW] * 31 + [END])
 @example([1] * 31 + [ROW, END])
-@example([1, 2, ROW, 3, 4, END])
+@example([1, 2, ROW, 3, 4, 5, END])
 @example([1, 2, ROW, 3, ROW, END])
 @given(st.builds(answer, grids, st.lists(st.integers(0, 16), max_size=9))
        | st.lists(st.sampled_from([0, 3, 9, ROW, ROW, END, IN, 15, UNKNOWN_TASK]), max_size=9)
