@@ -179,7 +179,8 @@ class Carried:
         if given_up.is_set():
             raise KeyboardInterrupt
         model = self.model
-        x, rope = model.inputs(self.tokens[slots, : int(at.max()) + 1], None, at, seen)
+        known = self.tokens[slots, : int(at.max()) + 2]  # with what follows the last one: later positions may recall it
+        x, rope = model.inputs(known, None, at, seen)
         place = Place(slots, at, rope, self.first[slots], self.fed[slots] if reading else None)
         for block, layer, films in zip(model.blocks, self.layers, self.films, strict=True):
             films = [film and film._replace(tasks=slots[:, None]) for film in films]

@@ -24,7 +24,7 @@ from extras.runs import hold, load_model
 from extras.views import Question, Shown, answer_in_views, make_view, two_attempts, view_prompt, vote
 from train import UNKNOWN_TASK
 
-FEW = ("--views", "5", "--batch-tokens", "1500")
+FEW = ("--views", "5", "--batch-tokens", "500")
 call = functools.partial(exit_code, solve)
 refused = functools.partial(complaint, solve)
 
