@@ -12,8 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported; processes that tests start inherit it
 os.environ["HF_HUB_OFFLINE"] = "1"  # a look-up without a network retries for 23 seconds
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background, whose children would inherit it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run, and no time limit for one of them: the machine may be busy.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
@@ -21,7 +19,13 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """As many threads on every machine, so that the order of sums, and with it every number, is the same."""
+    """As many threads on every machine, so that the order of sums, and with it every number, is the same.
+
+    No signal is ignored, as in a shell's background or behind nohup: processes that tests start would inherit that.
+    """
+    for name, default in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        if signal.getsignal(number := getattr(signal, name, signal.SIGINT)) == signal.SIG_IGN:
+            signal.signal(number, default)
     try:
         import torch
     except ImportError:
