@@ -6,10 +6,11 @@ instead, in Triton's interpreter.
 
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import CPU, one_thread, tiny_model  # noqa: F401
+from helpers import CPU, differences, one_thread, tiny_model  # noqa: F401
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from upstream import INTERPRETED, assert_close, interpreter, results  # noqa: F401
@@ -167,6 +168,17 @@ def test_float16_holds_the_gradients_of_many_targets():
     with torch.autocast("cpu", torch.float16):
         found = results(scaled(kernels.CPU), tensors)
     assert_close(found, results(scaled(PLAIN), tensors), 0.01, 0.01)
+
+
+def test_threads_may_use_the_table_at_once():
+    """Pieces of a batch on threads of their own: each gets, to the last bit, what it gets alone."""
+    pieces = [grids(2, 150 + 10 * i) for i in range(4)]
+    model = tiny_model(grid=True)
+    alone = [of_model(model, kernels.CPU, piece) for piece in pieces]
+    with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        together = list(pool.map(lambda piece: of_model(model, kernels.CPU, piece), pieces))
+    for one, other in zip(alone, together, strict=True):
+        assert not differences(one, other)
 
 
 # == THE CHOICE =======================================================================================================
