@@ -160,7 +160,8 @@ SMALL = [*TINY, "--block-size", "512", "--data-dir", "none"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a CPU is measured on Linux only")
-def test_memory_is_measured():
+def test_memory_is_measured(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # faster for so small a model
     one, more = ThreadPoolExecutor().map(lambda rows: doctor.measured(SMALL, rows), (1, 9))
     assert more["peak"] > one["peak"] > 0 and more["kept"] == one["kept"] > 0 and one["free"] > 0
 

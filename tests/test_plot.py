@@ -109,10 +109,11 @@ def test_at_most_eight_rows_in_the_colours_of_arc(tmp_path):
 def test_any_shape_any_number_of_demonstrations_and_any_name(tmp_path, recwarn):
     grids = [(np.arange(30 * c).reshape(30, c) % 10).tolist() for c in (1, 30)] + [[[5]]]
     names = [r"$\frac{$", "x" * 10**6, "a\nb\x00", "\ud800", "東京 \u2028"]
-    rows = zip(itertools.product(grids, grids), itertools.cycle(names), (0, 1, 2, 5) * 2, strict=False)
-    write_metrics(run := tmp_path / names[0], steps(20))
+    rows = zip(itertools.product(grids, [*grids, None]), itertools.cycle(names), (0, 1, 2, 5) * 2, strict=False)
+    write_metrics(run := tmp_path / names[0], steps(60))
     write_predictions(run, [entry(truth, prediction, *row) for (truth, prediction), *row in rows])
-    assert Image.open(plot.plot_run(run)[1]).width < 2000 and not recwarn.list
+    assert plot.main([str(run)]) == 0 and not recwarn.list
+    assert Image.open(run / "predictions.png").width < 2000
 
 
 def test_a_torn_last_line_is_left_out(tmp_path):

@@ -223,11 +223,13 @@ def test_stopping(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     make_run(tmp_path, "MMMM")
-    argv = [ROOT / "sample.py", tmp_path, "--prompt", "On", "--max-new-tokens", 1_000_000, "--device", "cpu"]
+    flags = ["--temperature", 0, "--max-new-tokens", 100_000, "--device", "cpu"]  # a text that goes on and on
+    argv = [ROOT / "sample.py", tmp_path, "--prompt", "Once", *flags]
     stopped, unread = processes = [python(*argv, cwd=tmp_path, text=False) for _ in range(2)]
-    assert all(process.stdout.read(20).startswith(b"On") for process in processes)
+    assert all(process.stdout.read(20).startswith(b"Once") for process in processes)
     stopped.send_signal(signal.SIGINT)
     unread.stdout.close()
     said, unsaid = stopped.communicate(timeout=300)[1], unread.stderr.read()
     assert [process.wait(timeout=300) for process in processes] == [130, 0]
     assert said.endswith(b"\nsample.py: stopped\n") and b"Traceback" not in said + unsaid and b"rror" not in unsaid
+    assert b"\nnew " not in said + unsaid, "neither made all its tokens"

@@ -5,7 +5,7 @@ import math
 from unittest.mock import Mock
 
 import pytest
-from helpers import TINY, exit_code, make_quick, metrics, run
+from helpers import TINY, exit_code, make_quick, metrics, one_thread, run  # noqa: F401
 
 import sample
 from bench import text
