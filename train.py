@@ -364,8 +364,8 @@ class GPT(Layer):
         for name, p in self.named_parameters():  # leaves A_log, D, dt_bias, norms and the convolution as they are
             if p.dim() == 2:
                 deep = name.endswith(("out_proj.weight", "down.weight"))
-                last = 1 / math.sqrt(2 * len(cfg.pattern)) if deep else name != "film.weight"  # films begin at zero
-                nn.init.normal_(p, std=0.02 * last)
+                scale = 0.0 if name == "film.weight" else 1 / math.sqrt(2 * len(cfg.pattern)) if deep else 1.0
+                nn.init.normal_(p, std=0.02 * scale)  # films begin at zero
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
 

@@ -121,10 +121,10 @@ class GridLayout(NamedTuple):
         return torch.cat([look(around + turned + tiled, self.source, self.source_rows, self.source_stride),
                           look(written, self.start, r + 1, self.stride)])
 
-    def recalled(self, after: Tensor, cells: Tensor, seen: Seen | None) -> tuple[Tensor, Tensor]:
+    def recalled(self, after: Tensor, cells: Tensor, seen: Seen | None) -> tuple[Tensor, Tensor | None]:
         """Which token came next where earlier outputs of this task looked like here, (4 * len(SIGHTS), B, T); 14: none.
-        And the `places` of these positions, behind those of `seen`: what came next, the keys by which it is found, and
-        which column held it.
+        For `seen` prompts also the `places` of these positions, behind those of the prompts: what came next, the keys
+        by which it is found, and which column held it.
 
         First the token that came after the last position with the same `cells` (25, B, T), for each of SIGHTS, columns
         of these; then after the last one with the same cells up to a change of colours, with the token's colour changed
@@ -148,9 +148,10 @@ class GridLayout(NamedTuple):
         holders = holding.gather(0, after.clamp(max=10)[None]) * (after < 11) & sets  # columns with what comes next
         holder = (holders & -holders).clamp(min=1).float().log2().round().long()  # the first of them: the lowest bit
         holder = torch.where(holders > 0, holder, -1)  # -1: none has it, as after the last row or for a new colour
-        places = torch.cat([after[None], keys, holder])
-        places = torch.cat([seen.places, places], dim=2) if before else places
-        after, keys, holder = places[:1], places[1 : -len(SIGHTS)], places[-len(SIGHTS) :]
+        places = torch.cat([after[None], keys, holder]) if seen else None
+        if before:
+            places = torch.cat([seen.places, places], dim=2)
+            after, keys, holder = places[0], places[1 : -len(SIGHTS)], places[-len(SIGHTS) :]
         equal, order = keys.sort(dim=2, stable=True)  # equal ones stand side by side, in the order of their positions
         found = []
         for back in (1, 2):

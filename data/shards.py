@@ -196,7 +196,7 @@ def reachable(url: str) -> bool:
     try:
         address = place.hostname, place.port or (80 if place.scheme == "http" else 443)
     except ValueError as error:  # no port
-        raise UserError(f"{place.geturl()}, an address out of the environment: {error}") from None
+        raise UserError(f"{place.geturl()}, taken from the environment, is no address: {error}") from None
     answered = []
 
     def knock() -> None:

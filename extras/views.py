@@ -182,8 +182,8 @@ def rescored(model: GPT, shown: list[Shown], runtime: Runtime, batch_tokens: int
 
 def answer_questions(model: GPT, data: Data, cfg: TrainConfig, runtime: Runtime, folder: Path,
                      last: bool) -> dict[str, float]:
-    """Scores of the answers to the held-out questions: of greedy ones, and at the end of a run of the best one and the
-    best two of those in 8 views.
+    """Scores of greedy answers to the held-out questions; at the end of a run, of the best answer in 8 views and of
+    the best two.
 
     `predictions.json` then has the attempt that is right, or else the first.
     """
